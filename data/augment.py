@@ -1,0 +1,249 @@
+"""The two views of a batch, made for the whole batch at once, on the device that holds the images.
+
+`draw` turns a torch.Generator into per-sample parameters on the CPU (so that a GPU sees the same views as a CPU, and nothing
+has to be read back from the device); `make_view` applies them. The operations follow torchvision's, with these choices:
+
+* The crop is resized with PIL's antialiased bicubic filter. Crop, resize and flip are one linear map per axis, so a view is
+  two batched matrix products, and the result is clamped to [0, 1] once.
+* The order of the four colour-jitter operations is drawn once per view and step, not once per sample.
+* Blur uses 13 taps (three standard deviations at the largest sigma), at any image size, with reflected borders.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+JITTER_OPS = ("brightness", "contrast", "saturation", "hue")
+BLUR_SIGMA = (0.1, 2.0)
+BLUR_RADIUS = 6
+CROP_TRIES = 10  # as torchvision's RandomResizedCrop: after that many misfits, the largest centred crop
+CHUNK = 64  # samples worked on together on the CPU, so that they stay in its cache
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """How one of the two views is drawn; the strengths are those of torchvision's ColorJitter."""
+
+    size: int
+    min_scale: float = 0.08
+    blur_p: float = 0.0
+    solarize_p: float = 0.0
+    jitter_p: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    grey_p: float = 0.2
+    flip_p: float = 0.5
+
+
+@dataclass
+class ViewParams:
+    """Per-sample parameters of one view, [N] each, on the CPU; a sample without an operation holds its neutral value."""
+
+    top: torch.Tensor  # crop box, pixels
+    left: torch.Tensor
+    height: torch.Tensor
+    width: torch.Tensor
+    flip: torch.Tensor  # bool
+    jitter: torch.Tensor  # bool
+    brightness: torch.Tensor  # factors, neutral 1
+    contrast: torch.Tensor
+    saturation: torch.Tensor
+    hue: torch.Tensor  # shift in turns, neutral 0
+    grey: torch.Tensor  # bool
+    blur: torch.Tensor  # bool
+    sigma: torch.Tensor  # pixels
+    solarize: torch.Tensor  # bool
+    jitter_order: tuple  # names, one order for the whole batch
+
+    def __getitem__(self, part):
+        """The same parameters for a slice of the batch (a rank's share of the global draw)."""
+        tensors = {k: v[part] for k, v in vars(self).items() if torch.is_tensor(v)}
+        return ViewParams(**tensors, jitter_order=self.jitter_order)
+
+
+def draw(config, count, height, width, generator):
+    """Parameters for one view of `count` images of height x width pixels, from a CPU generator."""
+    u = torch.rand(10, count, generator=generator)
+    top, left, box_height, box_width = draw_boxes(count, height, width, config.min_scale, generator)
+    jitter = u[0] < config.jitter_p
+
+    def factor(row, strength):
+        return torch.where(jitter, 1 + strength * (2 * u[row] - 1), 1.0)
+
+    return ViewParams(
+        top=top,
+        left=left,
+        height=box_height,
+        width=box_width,
+        flip=u[1] < config.flip_p,
+        jitter=jitter,
+        brightness=factor(2, config.brightness),
+        contrast=factor(3, config.contrast),
+        saturation=factor(4, config.saturation),
+        hue=torch.where(jitter, config.hue * (2 * u[5] - 1), 0.0),
+        grey=u[6] < config.grey_p,
+        blur=u[7] < config.blur_p,
+        sigma=BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * u[8],
+        solarize=u[9] < config.solarize_p,
+        jitter_order=tuple(JITTER_OPS[i] for i in torch.randperm(4, generator=generator)),
+    )
+
+
+def draw_boxes(count, height, width, min_scale, generator):
+    """Boxes of torchvision's RandomResizedCrop (scale min_scale-1, ratio 3/4-4/3): top, left, height, width, [N] each."""
+    u = torch.rand(4, count, CROP_TRIES, generator=generator)
+    area = height * width * (min_scale + (1 - min_scale) * u[0])
+    ratio = torch.exp((2 * u[1] - 1) * torch.log(torch.tensor(4 / 3)))
+    w = torch.sqrt(area * ratio).round()
+    h = torch.sqrt(area / ratio).round()
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.int().argmax(dim=1, keepdim=True)  # the first try that fits, 0 if none does
+    found = fits.any(dim=1)
+    w, h = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0]
+    full_h, full_w = fallback_box(height, width)
+    w, h = torch.where(found, w, full_w), torch.where(found, h, full_h)
+    u_top, u_left = u[2].gather(1, first)[:, 0], u[3].gather(1, first)[:, 0]
+    top = torch.where(found, (u_top * (height - h + 1)).floor(), (height - h).div(2, rounding_mode="floor"))
+    left = torch.where(found, (u_left * (width - w + 1)).floor(), (width - w).div(2, rounding_mode="floor"))
+    return top, left, h, w
+
+
+def fallback_box(height, width):
+    """Height and width of the largest box with a ratio in 3/4-4/3."""
+    if width / height < 3 / 4:
+        return float(round(width / (3 / 4))), float(width)
+    if width / height > 4 / 3:
+        return float(height), float(round(height * (4 / 3)))
+    return float(height), float(width)
+
+
+def make_view(images, params, config, mean, std):
+    """One normalised view of every image.
+
+    images: uint8 [N, 3, H, W] on any device; params: ViewParams of the same N; mean, std: three floats each.
+    Returns float32 [N, 3, size, size], channels_last.
+    """
+    device, size = images.device, config.size
+    view = torch.empty(len(images), 3, size, size, device=device, memory_format=torch.channels_last)
+    chunk = CHUNK if device.type == "cpu" else max(len(images), 1)
+    for start in range(0, len(images), chunk):
+        part = slice(start, start + chunk)
+        x = crop_resize(images[part], params[part], size)
+        view[part] = normalize(distort(x, params[part]), mean, std)
+    return view
+
+
+def normalize(x, mean, std):
+    """In place, per channel. x: float [N, 3, H, W] in [0, 1]; mean, std: three floats each."""
+    for channel, (m, s) in enumerate(zip(mean, std)):
+        x[:, channel].sub_(m).mul_(1 / s)
+    return x
+
+
+def crop_resize(images, params, size):
+    """Crop, antialiased bicubic resize and flip: uint8 [N, 3, H, W] -> float [N, 3, size, size] in [0, 1]."""
+    device, (n, c, height, width) = images.device, images.shape
+    rows = resize_weights(params.top, params.height, height, size, device)
+    columns = resize_weights(params.left, params.width, width, size, device, params.flip)
+    x = images.float().view(n, c * height, width) @ columns.transpose(1, 2)  # N x CH x size
+    x = rows.unsqueeze(1) @ x.view(n, c, height, size)
+    return x.mul_(1 / 255).clamp_(0, 1)
+
+
+def resize_weights(start, length, in_size, out_size, device, flip=None):
+    """Weights [N, out_size, in_size] that cut [start, start + length) from an axis and resize it to out_size.
+
+    PIL's antialiased bicubic (a = -0.5): the filter widens with the scale and is renormalised at the box's borders.
+    """
+    start, length = (t.to(device, non_blocking=True).view(-1, 1, 1) for t in (start, length))
+    scale = length / out_size
+    out = torch.arange(out_size, device=device) + 0.5
+    if flip is not None:
+        flip = flip.to(device, non_blocking=True).view(-1, 1, 1)
+        out = torch.where(flip, out_size - out, out).view(-1, out_size, 1)
+    else:
+        out = out.view(1, out_size, 1)
+    position = torch.arange(in_size, device=device) + 0.5 - start  # N x 1 x in, from the box's edge
+    t = (position - out * scale).div_(scale.clamp(min=1)).abs_()
+    u = (2 - t).clamp_(min=0)
+    v = (1 - t).clamp_(min=0)
+    # the cubic kernel as a sum of two truncated pieces: u^2 (u - 1) / 2 on |t| < 2 and v^2 (1 - 2 v) on |t| < 1
+    weights = (u * u).mul_((u - 1).mul_(0.5)).add_((v * v).mul_(1 - 2 * v))
+    weights *= (position > 0) & (position < length)
+    return weights.div_(weights.sum(dim=2, keepdim=True))
+
+
+def distort(x, params):
+    """Colour jitter, grey, blur, solarise, in place and only on the samples that drew them. x: float [N, 3, S, S] in [0, 1]."""
+    ops = {"brightness": brightness_, "contrast": contrast_, "saturation": saturation_, "hue": hue_}
+    factors = {name: getattr(params, name).to(x.device, non_blocking=True).view(-1, 1, 1, 1) for name in JITTER_OPS}
+    if params.jitter.any():
+        for name in params.jitter_order:
+            x = ops[name](x, factors[name])
+    x = on_samples(x, params.grey, lambda part: grey(part).expand_as(part))
+    sigma = params.sigma[params.blur].to(x.device, non_blocking=True)
+    x = on_samples(x, params.blur, lambda part: blur(part, sigma))
+    return on_samples(x, params.solarize, lambda part: torch.where(part >= 0.5, 1 - part, part))
+
+
+def on_samples(x, mask, function):
+    """Replaces x[mask] by function(x[mask]); the mask is on the CPU, so its indices are known without asking the device."""
+    index = mask.nonzero()[:, 0]
+    if len(index):
+        index = index.to(x.device, non_blocking=True)
+        x[index] = function(x[index])
+    return x
+
+
+def grey(x):
+    """Luminance [N, 1, H, W] (ITU-R 601-2, as PIL and torchvision)."""
+    return (0.2989 * x[:, :1]).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:], alpha=0.114)
+
+
+def brightness_(x, factor):
+    return x.mul_(factor).clamp_(0, 1)
+
+
+def contrast_(x, factor):
+    """Blends with the mean luminance of each image. factor: [N, 1, 1, 1]."""
+    mean = grey(x).mean(dim=(1, 2, 3), keepdim=True)
+    return x.mul_(factor).add_((1 - factor) * mean).clamp_(0, 1)
+
+
+def saturation_(x, factor):
+    """Blends with each pixel's luminance."""
+    luminance = grey(x)
+    return x.mul_(factor).add_(luminance.mul_(1 - factor)).clamp_(0, 1)
+
+
+def hue_(x, shift):
+    """Rotates the hue by `shift` turns in HSV. x: float [N, 3, H, W] in [0, 1]; shift: [N, 1, 1, 1]."""
+    red, green, blue = x.unbind(1)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    inverse = 1 / torch.where(chroma == 0, 1.0, chroma)
+    # the hue in sixths of a turn, measured from whichever channel is largest (red before green before blue on ties)
+    hue = torch.where(
+        red == value,
+        (green - blue).mul_(inverse),
+        torch.where(green == value, (blue - red).mul_(inverse).add_(2), (red - green).mul_(inverse).add_(4)),
+    ).add_(6 * shift[:, 0])
+    for channel, offset in enumerate((5, 3, 1)):
+        k = (hue + (offset + 6)).remainder_(6)
+        torch.sub(value, torch.minimum(k, 4 - k).clamp_(0, 1).mul_(chroma), out=x[:, channel])
+    return x
+
+
+def blur(x, sigma):
+    """Gaussian blur with a standard deviation of its own for each sample. x: [N, 3, H, W]; sigma: [N], pixels."""
+    n, c, height, width = x.shape
+    offset = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=x.device)
+    kernel = torch.exp(-0.5 * (offset / sigma.view(-1, 1)) ** 2)
+    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(c, dim=0)  # NC x taps
+    x = x.reshape(1, n * c, height, width)
+    x = torch.nn.functional.pad(x, (BLUR_RADIUS,) * 4, mode="reflect")
+    x = torch.nn.functional.conv2d(x, kernel.view(n * c, 1, 1, -1), groups=n * c)
+    x = torch.nn.functional.conv2d(x, kernel.view(n * c, 1, -1, 1), groups=n * c)
+    return x.view(n, c, height, width)

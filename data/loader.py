@@ -1,0 +1,57 @@
+"""Batches of uint8 images on the device, in an order that is a function of (seed, task, epoch) and nothing else."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data import DataError, augment
+
+
+def generator(*key):
+    """A CPU torch.Generator that depends on all the integers of the key, well mixed."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed))
+
+
+class Loader:
+    """Serves one task: the images stay on the device, a batch is one gather, both views are made for it at once.
+
+    images: uint8 [N, 3, H, W] of the whole data set, on the device; indices: int64 [n], the task's samples; batch_size: of
+    all ranks together, of which this one gets the share rank / world. The last incomplete batch of an epoch is dropped.
+    Raises DataError if the task is smaller than a batch.
+    """
+
+    def __init__(self, images, indices, batch_size, views, mean, std, seed, task, rank=0, world=1):
+        if len(indices) < batch_size:
+            raise DataError(
+                f"task {task} has {len(indices)} training images, fewer than --batch_size {batch_size}: lower the batch size"
+            )
+        self.images, self.indices, self.views, self.mean, self.std = images, indices, views, mean, std
+        self.batch_size, self.seed, self.task = batch_size, seed, task
+        share = batch_size // world
+        self.share = slice(rank * share, (rank + 1) * share)
+        self.steps = len(indices) // batch_size  # per epoch
+
+    def epoch(self, epoch, first_step=0):
+        """Yields (view 1, view 2), float [N/world, 3, S, S], for the steps of an epoch from first_step on."""
+        order = self.indices[torch.randperm(len(self.indices), generator=generator(self.seed, self.task, epoch))]
+        for step in range(first_step, self.steps):
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size][self.share]
+            images = self.images[batch.to(self.images.device, non_blocking=True)]
+            yield self.augment(images, epoch, step)
+
+    def augment(self, images, epoch, step):
+        """Parameters are drawn for the global batch and sliced: N ranks see what one process sees."""
+        rng = generator(self.seed, self.task, epoch, step)
+        size = self.images.shape[-2:]
+        params = [augment.draw(view, self.batch_size, *size, rng)[self.share] for view in self.views]
+        return [augment.make_view(images, p, v, self.mean, self.std) for p, v in zip(params, self.views)]
+
+
+def plain_batches(images, size, mean, std, batch_size=512):
+    """Yields normalised float [n, 3, size, size] of all images in order, resized where they are of another size, for evaluation."""
+    for part in images.split(batch_size):
+        x = part.float().div_(255)
+        if x.shape[-2:] != (size, size):
+            x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp_(0, 1)
+        yield augment.normalize(x, mean, std).contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,295 @@
+"""Continual self-supervised learning: trains one network on a sequence of unlabelled tasks and evaluates it after each.
+
+examples:
+    python main_cssl.py --dataset digits --backbone resnet10 --width 16 --image_size 16 --epochs 60 --batch_size 64 --moco_queue_size 256
+    python main_cssl.py --dataset cifar100 --data_dir DIR --download --regularizer pnr
+    torchrun --nproc_per_node 4 main_cssl.py ...      (batch size and learning rate stay those of one process)
+
+The same command again resumes a run. run_cifar100.sh holds the paper's settings. --method X --regularizer Y --help shows the
+flags of X and Y.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+
+from data import DataError
+from data.augment import ViewConfig
+from data.datasets import DATASETS, load_dataset
+from data.loader import Loader, generator, plain_batches
+from data.scenarios import SCENARIOS, split
+from losses import METHODS, REGULARIZERS
+from losses.base import Learner, MethodError
+from models import BACKBONES, build_backbone
+from models.twins import ema_tau
+from utils import RunError, checkpoint, distributed, evaluate
+from utils.arguments import Parser
+from utils.log import Progress
+from utils.meter import Clock, Meter, spread
+from utils.optim import LARS, warmup_cosine
+from utils.run import Run, Stopped, StopRequest
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def parse_arguments(argv=None):
+    """All flags; those of the method and the regulariser are the ones that the chosen classes declare."""
+    parser = Parser(__doc__)
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=DATASETS, default="digits", help="digits needs no download")
+    add("--data_dir", default="datasets", help="where the data set lies, or is to be put by --download")
+    add("--download", action="store_true", help="fetch the data set if it is missing")
+    add("--cache_dir", help="where decoded images are kept if not beside the data, for instance if that is read-only")
+    add("--scenario", choices=SCENARIOS, default="class", help="what changes from task to task")
+    add("--num_tasks", type="count", default=5, help="1 is joint training, the upper bound")
+    add("--image_size", type="count", help="side of the views in pixels (default: that of the images)")
+    add("--min_scale", type="fraction", default=0.08, help="smallest share of the area that a crop keeps")
+    add(
+        "--blur_p",
+        type="fraction",
+        nargs=2,
+        default=(0.0, 0.0),
+        metavar=("P1", "P2"),
+        help="probability of blur in view 1 and view 2",
+    )
+    add(
+        "--solarize_p",
+        type="fraction",
+        nargs=2,
+        default=(0.0, 0.2),
+        metavar=("P1", "P2"),
+        help="probability of solarising in view 1 and view 2",
+    )
+
+    add = parser.add_argument_group("model").add_argument
+    add("--method", choices=METHODS, default="moco", help="self-supervised loss")
+    add("--regularizer", choices=REGULARIZERS, default="pnr", help="what keeps the old tasks")
+    add("--backbone", choices=BACKBONES, default="resnet18")
+    add("--width", type="count", default=64, help="base channels; 16 teaches and tests quickly")
+    add("--stem", choices=("auto", "cifar", "imagenet"), default="auto", help="first layers; auto: cifar up to 64 pixels")
+    add("--init_from", metavar="CKPT", help="a task0.pt (or a released checkpoint): skip training task 0 and start from it")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type="count", default=500, help="per task")
+    add("--batch_size", type="count", default=256, help="global, over all processes")
+    add("--lr", type="positive", help="per 256 images: the rate used is lr x batch_size / 256 (default: the method's)")
+    add("--weight_decay", type="weight", help="(default: the method's)")
+    add("--warmup_epochs", type="index", help="linear warm-up (default: 10, or a fifth of the epochs if that is less)")
+    add("--seed", type="index", default=5, help="of everything: class order, weights, sample order, views")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--precision", choices=PRECISIONS, help="autocast type (default: bf16 on CUDA, fp32 on CPU); losses are always fp32")
+    add("--compile", action="store_true", help="torch.compile: slower to start, faster steps; pays on long runs")
+
+    add = parser.add_argument_group("evaluation and output").add_argument
+    add("--eval", choices=("linear", "knn", "none"), default="linear", help="after every task; knn is quick, linear is the papers'")
+    add("--probe_lr", type="positive", help="of the linear probe (default: the method's); lower it if the probe diverges")
+    add("--out_dir", help="the run's folder (default: runs/<dataset>-<scenario><tasks>-<method>-<regularizer>-seed<seed>)")
+    add("--save_every", type="interval", default="10m", help="steps (500) or time (90s, 10m, 1h) between checkpoints; also at each "
+        "epoch's end, unless saving would take over a tenth of the time")  # fmt: skip
+    add("--log_every", type="count", default=50, help="steps between lines in metrics.jsonl and TensorBoard")
+
+    chosen = parser.peek(argv, "--method", "--regularizer")
+    for name, registry in zip(chosen, (METHODS, REGULARIZERS)):
+        if name in registry:
+            registry[name].add_arguments(parser.add_argument_group(name))
+    args = parser.parse_args(argv)
+    method = METHODS[args.method]
+    for name in ("lr", "weight_decay", "probe_lr"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(method, name))
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(10, args.epochs // 5)
+    if args.out_dir is None:
+        args.out_dir = f"runs/{args.dataset}-{args.scenario}{args.num_tasks}-{args.method}-{args.regularizer}-seed{args.seed}"
+    return args
+
+
+def main(args):
+    process, stop = distributed.start(args.device), StopRequest()
+    train, test, loaders, classes = build_data(args, process)
+    learner = build_learner(args, process)
+    method, device = learner.method, process.device
+    run = Run(vars(args), classes, process)
+    clock = Clock()
+    if process.main:
+        print_settings(args, process, train, loaders, learner, run)
+
+    def accuracies():
+        """One row of a[k][t]: the present backbone's accuracy on each task."""
+        sets = [(lambda s=s: plain_batches(s.images, args.image_size, s.mean, s.std), s.labels) for s in (train, test)]
+        predictions = evaluate.classify(args, method.backbone, *sets, len(train.classes), learner.autocast_dtype)
+        return evaluate.accuracy_row(predictions, test.labels, classes)
+
+    def report(kind, values):
+        """A line of metrics, with what is worth watching beside the losses; on the terminal the speed too."""
+        tau = ema_tau(progress.share, *method.ema) if method.ema else None
+        values = {**values, "lr": lr, "ema_tau": tau, "feature_std": spread(out.z[0])}
+        run.log.metrics(kind, run.global_step, values, task=task, epoch=epoch)
+        run.log.scalars("speed", run.global_step, speed := clock.read())
+        progress.say(values["loss"], lr, speed["images_per_second"])
+
+    if not run.resumed:
+        if args.eval != "none":
+            run.random_row = accuracies()
+        if args.init_from:
+            checkpoint.load_method(method, args.init_from, f"--backbone {args.backbone} --width {args.width} --stem {args.stem}")
+
+    for task in range(run.task, args.num_tasks):
+        loader, epochs = loaders[task], 0 if task == 0 and args.init_from else args.epochs
+        torch.manual_seed(generator(args.seed, task).initial_seed())
+        learner.begin_task(task, device)
+        optimizer, scaler, meter = (
+            build_optimizer(args, learner),
+            GradScaler(device, enabled=args.precision == "fp16"),
+            Meter(device),
+        )
+        parts = {"learner": learner, "optimizer": optimizer, "scaler": scaler, "meter": meter}
+        run.restore(**parts)
+        model = wrap(learner, process, args.compile)
+        progress = Progress(task, args.num_tasks, epochs, loader.steps, run.epoch * loader.steps + run.step, process.main)
+
+        with stop.deferred():
+            for epoch in range(run.epoch, epochs):
+                lr = set_lr(optimizer, warmup_cosine(epoch, args.lr * args.batch_size / 256, epochs, args.warmup_epochs))
+                for view1, view2 in clock.watch(loader.epoch(epoch, run.step), args.batch_size):
+                    loss, terms, out, old = model(view1, view2)
+                    scaler.scale(loss).backward()
+                    scaler.unscale_(optimizer)  # LARS weighs the true gradient against the weight
+                    scaler.step(optimizer)
+                    scaler.update()
+                    optimizer.zero_grad(set_to_none=True)
+                    learner.after_step(out, old, progress.share)
+
+                    meter.add(loss, terms, run.global_step)
+                    progress.step()
+                    run.step, run.global_step = run.step + 1, run.global_step + 1
+                    if epoch == 0 and run.step == 1:
+                        run.log.views(run.global_step, (view1, view2), train.mean, train.std)
+                    if run.global_step % args.log_every == 0:
+                        run.check_finite(meter)
+                        report("train", meter.latest())
+                    epoch_ends = run.step == loader.steps
+                    leave = process.agree(bool(stop), epoch_ends or run.global_step % 10 == 0)
+                    if not epoch_ends and (leave or run.save_due()):
+                        run.save(**parts)
+                        stop.leave(leave)
+                run.check_finite(meter)
+                report("epoch", meter.means())
+                run.epoch, run.step = epoch + 1, 0
+                if leave or run.epoch == epochs or run.save_due() or run.saving_is_cheap():
+                    run.save(**parts)
+                    stop.leave(leave)
+        progress.close()
+        if run.finished == task:  # otherwise the run was interrupted after this evaluation
+            finish_task(args, run, learner, accuracies if args.eval != "none" else None)
+            run.save(**parts)
+        run.task, run.epoch, run.step = task + 1, 0, 0
+    if process.main:
+        print_results(run, args)
+    distributed.stop()
+
+
+def build_data(args, process):
+    """The two ImageSets on the device, a Loader and the classes of each task; fills in what --image_size and --stem leave open."""
+    train, test = process.first(lambda: load_dataset(args))
+    args.image_size = args.image_size or train.images.shape[-1]
+    if args.stem == "auto":
+        args.stem = "cifar" if args.image_size <= 64 else "imagenet"
+    indices, classes = split(train.labels, len(train.classes), args.scenario, args.num_tasks, args.seed)
+    for images in (train, test):
+        images.images, images.labels = images.images.to(process.device), images.labels.to(process.device)
+    views = [ViewConfig(args.image_size, args.min_scale, *p) for p in zip(args.blur_p, args.solarize_p)]
+    shared = (args.batch_size, views, train.mean, train.std, args.seed)
+    loaders = [Loader(train.images, part, *shared, task, process.rank, process.world) for task, part in enumerate(indices)]
+    return train, test, loaders, classes
+
+
+def build_learner(args, process):
+    """Backbone, method and regulariser as the flags say, with weights from the seed, channels_last on the device."""
+    args.precision = args.precision or ("bf16" if process.device.type == "cuda" else "fp32")
+    torch.manual_seed(args.seed)
+    method = METHODS[args.method](build_backbone(args.backbone, args.width, args.stem), args)
+    learner = Learner(method, REGULARIZERS[args.regularizer](args), PRECISIONS[args.precision])
+    return learner.to(process.device, memory_format=torch.channels_last)
+
+
+def build_optimizer(args, learner):
+    trained = [p for p in learner.parameters() if p.requires_grad]
+    rate = args.lr * args.batch_size / 256
+    exclude = learner.method.exclude_bias_n_norm
+    return LARS(trained, rate, weight_decay=args.weight_decay, exclude_bias_n_norm=exclude, fused=True)
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def wrap(learner, process, compiled):
+    """What the loop calls: the learner, compiled where asked for, inside DDP where there are several processes."""
+    if compiled:
+        learner.compile()
+    if process.world == 1:
+        return learner
+    ids = [process.device.index] if process.device.type == "cuda" else None
+    # buffers (queues, running statistics) are the same on every rank by construction
+    return DistributedDataParallel(learner, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def finish_task(args, run, learner, accuracies):
+    """After a task's last epoch: taskN.pt, a row of the matrix, results.json, the figure."""
+    state = learner.method.state_dict()
+    backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    heads = {k: v for k, v in state.items() if not k.startswith("backbone.")}
+    if run.main:
+        network = {"backbone": backbone, "heads": heads, "config": run.arguments, "task": run.task, "classes": run.classes}
+        checkpoint.save(run.folder / f"task{run.task}.pt", network)
+    if accuracies is not None:
+        run.matrix.append(accuracies())
+        protocol = evaluate.protocol_name(args.eval, args.probe_lr)
+        run.publish(evaluate.summary(run.matrix, args.num_tasks, protocol, run.random_row), f"{args.method} + {args.regularizer}")
+    run.finished += 1
+
+
+def print_settings(args, process, train, loaders, learner, run):
+    count = sum(p.numel() for p in learner.method.backbone.parameters())
+    sizes = ", ".join(str(len(loader.indices)) for loader in loaders)
+    rate = args.lr * args.batch_size / 256
+    print(
+        f"{args.method} + {args.regularizer}, {args.backbone} ({count / 1e6:.1f} M parameters, {args.stem} stem) on {process.device}"
+        f" x {process.world}, {args.precision}, torch {torch.__version__}\n"
+        f"{args.dataset}: {len(loaders)} tasks of {sizes} images, {args.image_size} px, {args.epochs} epochs a task\n"
+        f"global batch {args.batch_size}, lr {rate:g} (= {args.lr:g} x {args.batch_size} / 256), weight decay {args.weight_decay:g}, "
+        f"{args.warmup_epochs} epochs of warm-up, seed {args.seed}\n"
+        f"run folder: {run.folder}"
+        + (f" (resumed at task {run.task + 1}, epoch {run.epoch + 1}, step {run.step})" if run.resumed else ""),
+        flush=True,
+    )
+
+
+def print_results(run, args):
+    if run.matrix:
+        print(f"\naccuracy (%), {evaluate.protocol_name(args.eval, args.probe_lr)}\n{evaluate.format_matrix(run.matrix)}")
+        print(evaluate.format_summary(evaluate.summary(run.matrix, args.num_tasks, "", run.random_row)))
+    print(f"{run.folder} is complete; TensorBoard: tensorboard --logdir {run.folder}")
+
+
+def run_command(argv=None):
+    """main, with the user's errors as one line and exit status 2, and an interruption as one line and 128 + the signal."""
+    try:
+        main(parse_arguments(argv))
+    except Stopped as stopped:
+        number = stopped.args[0]
+        print(f"stopped by {number.name}: what was saved is safe; run the same command again to go on", file=sys.stderr)
+        return 128 + number
+    except (DataError, MethodError, RunError, OSError) as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(run_command())

@@ -1,0 +1,63 @@
+"""ResNet backbones from torchvision's blocks, with a choice of stem and of base width."""
+
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
+
+BACKBONES = {
+    "resnet10": (BasicBlock, (1, 1, 1, 1)),
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+}
+STEMS = ("cifar", "imagenet")
+
+
+class ResNet(nn.Module):
+    """He et al. (CVPR 2016): images [N, 3, S, S] -> features [N, feature_dim].
+
+    At width 64 the state_dict is that of torchvision's resnet of the same name without fc. The "cifar" stem, for images of
+    up to 64 pixels, is a 3x3 convolution of stride 1 and padding 2 without max-pooling, as in the released PNR and CaSSLe code.
+    """
+
+    def __init__(self, block, layers, width=64, stem="imagenet"):
+        super().__init__()
+        if stem == "cifar":
+            self.conv1 = nn.Conv2d(3, width, 3, stride=1, padding=2, bias=False)
+            self.maxpool = nn.Identity()
+        else:
+            self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        channels = width
+        for stage, count in enumerate(layers):
+            planes = width * 2**stage
+            blocks = []
+            for i in range(count):
+                stride = 2 if stage > 0 and i == 0 else 1
+                blocks.append(_block(block, channels, planes, stride))
+                channels = planes * block.expansion
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.feature_dim = channels
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.avgpool(x).flatten(1)
+
+
+def _block(block, channels, planes, stride):
+    downsample = None
+    if stride != 1 or channels != planes * block.expansion:
+        downsample = nn.Sequential(conv1x1(channels, planes * block.expansion, stride), nn.BatchNorm2d(planes * block.expansion))
+    return block(channels, planes, stride, downsample)
+
+
+def build_backbone(name, width=64, stem="imagenet"):
+    """A ResNet of that name; see BACKBONES and STEMS. Bottleneck blocks keep torchvision's base width of 64 per group."""
+    block, layers = BACKBONES[name]
+    return ResNet(block, layers, width, stem)

@@ -1,0 +1,146 @@
+"""Checkpoints: written whole or not at all, read without unpickling objects, and in the layouts that others use."""
+
+import argparse
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+
+from utils import RunError
+
+LAST, PREVIOUS = "last.pt", "last.prev.pt"
+
+
+def save(path, state, keep_previous=None):
+    """Writes state (tensors, numbers, strings, lists, dicts) to path: temporary file, fsync, rename.
+
+    keep_previous: where the file that path now holds is moved first. Raises RunError, path left as it was, if the
+    disk is full or not writable.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_previous is not None and path.exists():
+            os.replace(path, keep_previous)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        # torch's zip writer reports a full disk as a RuntimeError on top of the OSError
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        temporary.unlink(missing_ok=True)
+        left = "the one before it is intact" if path.exists() else "nothing was left half-written"
+        raise RunError(f"cannot save {path}: {cause}; {left}; free some space and run the same command again") from error
+
+
+def sync_folder(folder):
+    """Makes renames in the folder survive a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load(path):
+    """What `save`, or torch.save, wrote; tensors on the CPU. Raises RunError if it cannot be read or holds objects."""
+    try:
+        # a Namespace of hyper-parameters is the one plain object that Lightning checkpoints commonly carry
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = (
+            "it holds Python objects besides tensors, which are not opened" if "global" in str(error).lower() else "it is damaged"
+        )
+        raise RunError(f"cannot read checkpoint {path}: {reason}") from error
+    except FileNotFoundError as error:
+        raise RunError(f"no checkpoint {path}") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(f"cannot read checkpoint {path}: it is damaged or no checkpoint ({reason})") from error
+
+
+def load_last(folder):
+    """The newest state of a run folder that can be read, or None in a new one."""
+    found = [Path(folder) / name for name in (LAST, PREVIOUS) if (Path(folder) / name).exists()]
+    for path in found:
+        try:
+            return load(path)
+        except RunError as error:
+            print(f"warning: {error}; going back to the one before it", file=sys.stderr)
+    if found:
+        raise RunError(f"no readable checkpoint in {folder}: remove {found[0].name} to start again from the beginning")
+    return None
+
+
+def read_network(path):
+    """A backbone, and the heads that came with it, from any of these layouts: taskN.pt; solo-learn's, CaSSLe's and PNR's
+    ("state_dict" with encoder.*, projector.*, momentum_*); MoCo's (module.encoder_q.*); a bare torchvision state_dict.
+
+    Returns a dict: "backbone" and "heads" (state_dicts, in this project's names), and "config" (the arguments of the run
+    that wrote it, or None).
+    """
+    content = load(path)
+    if isinstance(content, dict) and "backbone" in content and "heads" in content:
+        return content
+    if isinstance(content, dict):
+        content = next((content[k] for k in ("state_dict", "model") if isinstance(content.get(k), dict)), content)
+    if not isinstance(content, dict) or not any(torch.is_tensor(v) for v in content.values()):
+        raise RunError(f"{path} holds no network: expected a state_dict of tensors")
+    tensors = {k.removeprefix("module."): v for k, v in content.items() if torch.is_tensor(v)}
+    if any(k.startswith("encoder_q.") for k in tensors):
+        renames = {
+            "encoder_q.fc.": "projector.",
+            "encoder_k.fc.": "twin.projector.",
+            "encoder_q.": "backbone.",
+            "encoder_k.": "twin.backbone.",
+        }
+    elif any(k.startswith("encoder.") for k in tensors):
+        renames = {"encoder.": "backbone.", "projector.": "projector.", "momentum_encoder.": "twin.backbone.", "momentum_projector.": "twin.projector."}  # fmt: skip
+    else:
+        renames = {"": "backbone."}
+    heads = {}
+    for key, value in tensors.items():
+        prefix = next((p for p in renames if key.startswith(p)), None)
+        if prefix is not None and not key.startswith((f"{prefix}fc.", "fc.")):
+            heads[renames[prefix] + key.removeprefix(prefix)] = value
+    backbone = {k.removeprefix("backbone."): heads.pop(k) for k in list(heads) if k.startswith("backbone.")}
+    return {"backbone": backbone, "heads": heads, "config": None}
+
+
+def load_strictly(module, state, path, what):
+    """module.load_state_dict with the first misfit as one line."""
+    own = module.state_dict()
+    for key in own:
+        if key not in state:
+            raise RunError(f"{path} is a checkpoint of another architecture than {what}: it has no {key}")
+        if own[key].shape != state[key].shape:
+            shapes = f"{tuple(state[key].shape)} where {tuple(own[key].shape)} is expected"
+            raise RunError(f"{path} is a checkpoint of another architecture than {what}: {key} is {shapes}")
+    for key in state:
+        if key not in own:
+            raise RunError(f"{path} is a checkpoint of another architecture than {what}: {key} has no place in it")
+    module.load_state_dict(state, strict=True)
+
+
+def load_method(method, path, what):
+    """Puts a saved network into a method: all of it from a taskN.pt, backbone and projector (and twin) from other layouts.
+
+    Where a checkpoint has no EMA twin, the twin starts as a copy of the student; a queue it does not have stays random.
+    """
+    network = read_network(path)
+    state = {f"backbone.{k}": v for k, v in network["backbone"].items()} | network["heads"]
+    if network["config"] is None:
+        own = method.state_dict()
+        for key in own:
+            if key.startswith("twin."):
+                state.setdefault(key, state.get(key.removeprefix("twin."), own[key]))
+            elif not key.startswith(("backbone.", "projector.")):
+                state.setdefault(key, own[key])
+        state = {k: v for k, v in state.items() if k in own or k.startswith(("backbone.", "projector."))}
+    load_strictly(method, state, path, what)

@@ -1,0 +1,64 @@
+"""One process, or one of many that torchrun started."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from utils import RunError
+
+
+@dataclass(frozen=True)
+class Process:
+    """rank of world processes, and the device that is its own."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    def first(self, function):
+        """The function's result, on rank 0 before the others, so that these find the files that it writes."""
+        if self.world == 1:
+            return function()
+        if not self.main:
+            dist.barrier()
+        result = function()
+        if self.main:
+            dist.barrier()
+        return result
+
+    def agree(self, flag, now):
+        """True on every rank if `now` (the same on all) and the flag is set on one of them; waits for the device if so."""
+        if self.world == 1 or not now:
+            return flag and self.world == 1
+        votes = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+        return bool(votes)
+
+
+def start(device):
+    """Joins torchrun's processes, if it started this one. device: "auto", "cpu" or "cuda".
+
+    Raises RunError if CUDA is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RunError("--device cuda: this machine, or this PyTorch build, has no usable CUDA device; use --device cpu or auto")
+    cuda = device != "cpu" and torch.cuda.is_available()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda:
+        torch.cuda.set_device(local)
+        torch.backends.cudnn.benchmark = True
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return Process(torch.device("cuda", local) if cuda else torch.device("cpu"), rank, world)
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()

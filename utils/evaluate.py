@@ -1,0 +1,177 @@
+"""Linear probe and k-NN on frozen features, the accuracy matrix a[k][t], and what is read off it."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils import RunError
+
+PROBE_EPOCHS, PROBE_BATCH, PROBE_DROPS = 100, 256, (60, 80)
+KNN_K, KNN_TEMPERATURE = 200, 0.07
+
+
+@torch.no_grad()
+def extract(backbone, batches, autocast_dtype=None):
+    """Features float32 [N, F] of all batches (images [n, 3, S, S]), with running statistics; the backbone's mode is restored."""
+    training = backbone.training
+    backbone.eval()
+    features = []
+    for images in batches:
+        with torch.autocast(images.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+            features.append(backbone(images).float())
+    backbone.train(training)
+    return torch.cat(features)
+
+
+def linear_probe(train_x, train_y, test_x, num_classes, lr, seed, epochs=PROBE_EPOCHS):
+    """Predictions int64 [M] of one linear classifier over all classes, trained on train_x [N, F], train_y [N].
+
+    Softmax regression from zero weights, SGD with momentum 0.9 and without weight decay, lr x 0.1 at 60 % and 80 % of the
+    epochs, on the device of the features. Raises RunError if it diverges.
+    """
+    probe = nn.Linear(train_x.shape[1], num_classes, device=train_x.device, dtype=train_x.dtype)
+    nn.init.zeros_(probe.weight), nn.init.zeros_(probe.bias)
+    optimizer = torch.optim.SGD(probe.parameters(), lr=lr, momentum=0.9, fused=True)
+    milestones = [epochs * drop // PROBE_EPOCHS for drop in PROBE_DROPS]
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
+    rng = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        order = torch.randperm(len(train_x), generator=rng).to(train_x.device)
+        for batch in order.split(PROBE_BATCH):
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(probe(train_x[batch]), train_y[batch]).backward()
+            optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        logits = probe(test_x)
+    if not logits.isfinite().all():
+        raise RunError(f"the linear probe diverged at --probe_lr {lr}: lower it")
+    return logits.argmax(dim=1)
+
+
+@torch.no_grad()
+def knn(train_x, train_y, test_x, num_classes, k=KNN_K, temperature=KNN_TEMPERATURE, chunk=1024):
+    """Predictions int64 [M] of the weighted nearest neighbours: the k of largest cosine vote with e^(cosine / temperature)."""
+    bank = F.normalize(train_x, dim=1)
+    predictions = []
+    for queries in F.normalize(test_x, dim=1).split(chunk):
+        cosine, index = (queries @ bank.T).topk(min(k, len(bank)), dim=1)  # chunk x k
+        # relative to the nearest one, so that nothing overflows
+        weight = ((cosine - cosine[:, :1]) / temperature).exp()
+        votes = torch.zeros(len(queries), num_classes, device=bank.device, dtype=bank.dtype)
+        predictions.append(votes.scatter_add_(1, train_y[index], weight).argmax(dim=1))
+    return torch.cat(predictions)
+
+
+def protocol_name(protocol, probe_lr):
+    """The words that stand beside every number."""
+    if protocol == "linear":
+        return (
+            f"offline linear probe: SGD, momentum 0.9, lr {probe_lr:g}, {PROBE_EPOCHS} epochs, batch {PROBE_BATCH}, "
+            "lr x 0.1 at epochs 60 and 80; one classifier over all classes, frozen features, no augmentation"
+        )
+    return f"k-NN: cosine, k {KNN_K} or all if fewer, temperature {KNN_TEMPERATURE}; all classes, frozen features"
+
+
+def classify(args, backbone, train, test, num_classes, autocast_dtype=None):
+    """Predictions for the test set from frozen features, by the protocol args.eval, with args.probe_lr and args.seed.
+
+    train, test: (function that yields batches of images, labels on the device). Raises AssertionError if a tensor of the backbone changed, running statistics included.
+    """
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    (train_batches, train_y), (test_batches, _) = train, test
+    train_x, test_x = extract(backbone, train_batches(), autocast_dtype), extract(backbone, test_batches(), autocast_dtype)
+    if args.eval == "linear":
+        predictions = linear_probe(train_x, train_y, test_x, num_classes, args.probe_lr, args.seed)
+    else:
+        predictions = knn(train_x, train_y, test_x, num_classes)
+    assert all(torch.equal(before[k], v) for k, v in backbone.state_dict().items()), "evaluation changed the backbone"
+    return predictions
+
+
+def accuracy_row(predictions, labels, task_classes):
+    """Accuracy in percent on the classes of each task: a list of floats, one row of the matrix."""
+    correct = predictions == labels
+    return [round(100 * correct[torch.isin(labels, c.to(labels.device))].double().mean().item(), 4) for c in task_classes]
+
+
+def average_accuracy(matrix):
+    """A_T = mean over k of a[k][T]; matrix[t][k]: accuracy on task k after training task t."""
+    return sum(matrix[-1]) / len(matrix[-1])
+
+
+def forgetting(matrix):
+    """1/(T-1) sum over k < T of max over t of (a[k][t] - a[k][T]); None for one task."""
+    last = len(matrix) - 1
+    return sum(max(row[k] for row in matrix) - matrix[-1][k] for k in range(last)) / last if last else None
+
+
+def forward_transfer(matrix, random_row):
+    """1/(T-1) sum over k >= 2 of (a[k][k-1] - R_k), R: a random backbone's row; None without it, or for one task."""
+    last = len(matrix) - 1
+    if not last or random_row is None:
+        return None
+    return sum(matrix[k - 1][k] - random_row[k] for k in range(1, last + 1)) / last
+
+
+def plasticity(matrix, single_task):
+    """1/(T-1) sum over j < T of 1/(T-j) sum over k > j of (a[k][j] - FT_k), FT: accuracies of models trained on one task
+    each; None without them, or for one task."""
+    count = len(matrix)
+    if count < 2 or single_task is None:
+        return None
+    gaps = [sum(matrix[j][k] - single_task[k] for k in range(j + 1, count)) / (count - 1 - j) for j in range(count - 1)]
+    return sum(gaps) / (count - 1)
+
+
+def summary(matrix, num_tasks, protocol, random_row=None, single_task=None):
+    """The block of results.json: averages are of the tasks seen so far; what cannot be known yet is None."""
+    seen = [row[: len(matrix)] for row in matrix]
+    return {
+        "matrix": matrix,
+        "average_accuracy": average_accuracy(seen) if matrix else None,
+        "forgetting": forgetting(seen) if matrix else None,
+        "plasticity": plasticity(seen, single_task) if matrix else None,
+        "forward_transfer": forward_transfer(seen, random_row) if matrix else None,
+        "random_backbone": random_row,
+        "protocol": protocol,
+        "tasks": num_tasks,
+    }
+
+
+def format_matrix(matrix):
+    """The accuracy matrix as text: rows t, columns k."""
+    header = "after task | " + " ".join(f"task {k:<2d}" for k in range(len(matrix[0])))
+    lines = [f"{t:>10d} | " + " ".join(f"{a:7.2f}" for a in row) for t, row in enumerate(matrix)]
+    return "\n".join([header, "-" * len(header), *lines])
+
+
+def format_summary(block):
+    """The numbers of results.json in a line; what is not known is left out."""
+    names = {
+        "average_accuracy": "A_T",
+        "forgetting": "forgetting",
+        "forward_transfer": "forward transfer",
+        "plasticity": "plasticity",
+    }
+    return ", ".join(f"{short} {block[name]:.2f}" for name, short in names.items() if block[name] is not None)
+
+
+def plot_matrix(matrix, title):
+    """The accuracy matrix as a matplotlib figure: annotated cells; tasks not trained yet are hatched over lightly."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tasks, rows = len(matrix[0]), len(matrix)
+    figure = Figure(figsize=(2.2 + 0.75 * tasks, 1.9 + 0.6 * rows), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(matrix, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+    for t, row in enumerate(matrix):
+        for k, value in enumerate(row):
+            style = {"fontweight": "bold"} if k == t else {"fontstyle": "italic"} if k > t else {}
+            axes.text(k, t, f"{value:.1f}", ha="center", va="center", color="black" if value > 60 else "white", **style)
+    axes.set(xticks=range(tasks), yticks=range(rows), xlabel="accuracy on task (%)", ylabel="after training task")
+    axes.set_title(title, fontsize=9)
+    figure.colorbar(image, ax=axes)
+    return figure

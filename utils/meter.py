@@ -1,0 +1,77 @@
+"""Sums of losses that stay on the device, and the clock of a run."""
+
+import time
+
+import torch
+import torch.nn.functional as F
+
+
+class Meter:
+    """Sums of the loss and of its terms over an epoch, kept on the device, so that no step waits for it."""
+
+    def __init__(self, device):
+        self.device, self.names, self.sums, self.count = device, [], None, 0
+        self.bad_step = torch.full((), -1, device=device)
+
+    def add(self, loss, terms, step):
+        """step: the global step that the loss belongs to."""
+        self.last = torch.stack([loss.detach(), *(t.detach() for t in terms.values())])
+        if self.sums is None:
+            self.names, self.sums = ["loss", *terms], torch.zeros_like(self.last)
+        self.sums += self.last
+        self.count += 1
+        self.bad_step = torch.where((self.bad_step < 0) & ~self.last[0].isfinite(), step, self.bad_step)
+
+    def first_bad_step(self):
+        """The first global step whose loss was not finite, or -1. Waits for the device."""
+        return int(self.bad_step)
+
+    def latest(self):
+        """The last step's loss and terms by name. Waits for the device."""
+        return dict(zip(self.names, self.last.tolist()))
+
+    def means(self):
+        """Of the epoch by name; the next epoch starts from zero. Waits for the device."""
+        means = dict(zip(self.names, (self.sums / self.count).tolist()))
+        self.sums, self.count = None, 0
+        return means
+
+    def state_dict(self):
+        return {"names": self.names, "sums": self.sums, "count": self.count}
+
+    def load_state_dict(self, state):
+        self.names, self.count = state["names"], state["count"]
+        self.sums = None if state["sums"] is None else state["sums"].to(self.device)
+
+
+class Clock:
+    """Images per second, and the share of the time spent waiting for data."""
+
+    def __init__(self):
+        self.start, self.waited, self.images = time.monotonic(), 0.0, 0
+
+    def watch(self, batches, batch_size):
+        """Yields the batches and counts the time until each was there."""
+        batches = iter(batches)
+        while True:
+            before = time.monotonic()
+            batch = next(batches, None)
+            self.waited += time.monotonic() - before
+            if batch is None:
+                return
+            self.images += batch_size
+            yield batch
+
+    def read(self):
+        """Of the time since the last reading."""
+        elapsed = max(time.monotonic() - self.start, 1e-9)
+        values = {"images_per_second": self.images / elapsed, "data_wait_share": self.waited / elapsed}
+        self.__init__()
+        return values
+
+
+def spread(z):
+    """Collapse monitor: sqrt(D) x the standard deviation of unit-length features, mean over dimensions; 1 if spread out, 0 if
+    all are equal. z: [N, D]. Source: Chen and He, SimSiam (CVPR 2021)."""
+    z = z.detach()
+    return float(F.normalize(z, dim=1).std(dim=0).mean() * z.shape[1] ** 0.5)

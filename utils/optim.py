@@ -1,0 +1,44 @@
+"""LARS and the learning-rate schedule, as the released PNR and CaSSLe code has them."""
+
+import math
+
+import torch
+
+
+class LARS(torch.optim.SGD):
+    """Layer-wise adaptive rate scaling (You et al., 2017) around SGD with momentum.
+
+    For each tensor w with gradient g: local = min(eta |w| / (|g| + wd |w| + 1e-8) / lr, 1) and g <- local (g + wd w), before
+    momentum; a tensor with |w| = 0 or |g| = 0 keeps its g. With exclude_bias_n_norm 1-D tensors skip all of it, weight decay
+    too. Everything is a few multi-tensor calls, without a Python loop or a device sync; .grad is scaled in place.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.02, exclude_bias_n_norm=False, fused=None):
+        super().__init__(params, lr=lr, momentum=momentum, fused=fused, foreach=None if fused else True)
+        self.lars_weight_decay, self.eta, self.exclude_bias_n_norm = weight_decay, eta, exclude_bias_n_norm
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None and not (self.exclude_bias_n_norm and p.ndim == 1)]
+            if params:
+                self.scale_gradients(params, [p.grad for p in params], group["lr"])
+        return super().step(closure)
+
+    def scale_gradients(self, params, grads, lr):
+        wd = self.lars_weight_decay
+        w_norm = torch.stack(torch._foreach_norm(params))  # one entry per tensor
+        g_norm = torch.stack(torch._foreach_norm(grads))
+        valid = (w_norm > 0) & (g_norm > 0)
+        local = self.eta * w_norm / (g_norm + wd * w_norm + 1e-8)
+        local = torch.where(valid, (local / lr).clamp(max=1), 1.0)
+        decay = torch.where(valid, wd * local, 0.0)
+        torch._foreach_mul_(grads, list(local.unbind()))
+        torch._foreach_add_(grads, torch._foreach_mul(params, list(decay.unbind())))
+
+
+def warmup_cosine(epoch, base_lr, epochs, warmup=10, start_lr=0.003, min_lr=0.0):
+    """The learning rate of an epoch: linear from start_lr to base_lr in `warmup` epochs, then cosine to min_lr at `epochs`."""
+    if epoch < warmup:
+        return start_lr + epoch * (base_lr - start_lr) / max(warmup - 1, 1)
+    return min_lr + (base_lr - min_lr) * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup))) / 2

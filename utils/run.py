@@ -1,0 +1,203 @@
+"""A run lives in one folder: who may write it, what experiment it is, how far it is, and how it is asked to stop."""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import torch
+import torchvision
+
+from utils import RunError, checkpoint
+from utils.evaluate import plot_matrix
+from utils.log import Log
+
+# arguments that may differ when a run is resumed: they change where and how fast it runs, not what it computes
+FREE = {"out_dir", "data_dir", "download", "cache_dir", "device", "compile", "save_every", "log_every"}
+
+
+def write_text(path, text):
+    """Written whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def open_folder(path, arguments):
+    """Makes or reopens a run folder and holds its lock until the process ends.
+
+    Returns the lock; keep it. Raises RunError if the folder cannot be written, if another process
+    holds it, or if it belongs to an experiment with other arguments.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+    except OSError as error:
+        raise RunError(f"--out_dir {folder} cannot be written: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise RunError(f"another process is writing {folder}: wait for it, or choose another --out_dir") from error
+    arguments = json.loads(json.dumps(arguments))  # as they will be read back: tuples become lists
+    config = folder / "config.json"
+    if config.exists():
+        compare_arguments(folder, read_config(folder)["arguments"], arguments)
+    else:
+        write_text(config, json.dumps({"arguments": arguments, **environment()}, indent=2) + "\n")
+    return lock
+
+
+def read_config(folder):
+    """config.json of a run folder; raises RunError where there is none to read."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text())
+        config["arguments"]
+        return config
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{folder} is not a run folder: its config.json is missing or damaged") from error
+
+
+def compare_arguments(folder, old, new):
+    for name in sorted((old.keys() | new.keys()) - FREE):
+        if old.get(name) != new.get(name):
+            raise RunError(
+                f"{folder} holds a run with --{name} {old.get(name)}, not {new.get(name)}: "
+                "use the old value to resume it, or another --out_dir for a new run"
+            )
+
+
+def environment():
+    """Versions and commit, so that a number can be traced."""
+    versions = {"python": platform.python_version(), "numpy": numpy.__version__, "torch": torch.__version__, "torchvision": torchvision.__version__}  # fmt: skip
+    root = Path(__file__).resolve().parent.parent
+    git = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return {"versions": versions, "git_commit": git.stdout.strip() or None, "command": sys.argv}
+
+
+def write_results(folder, block):
+    """Puts the block's entries into the folder's results.json; what is there under other names stays."""
+    path = Path(folder) / "results.json"
+    try:
+        present = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        present = {}
+    write_text(path, json.dumps({**present, **block}, indent=2) + "\n")
+
+
+class Run:
+    """A run folder and all that must survive an interruption.
+
+    Its counters say where the run is: task, epoch, step (of the epoch), global_step; finished tasks, the accuracy matrix so
+    far, and the row of a random backbone. process: only rank 0 writes. classes: the split, checked at resume.
+    """
+
+    COUNTERS = {"task": 0, "epoch": 0, "step": 0, "global_step": 0, "finished": 0, "matrix": [], "random_row": None}
+
+    def __init__(self, arguments, classes, process):
+        self.folder, self.main = Path(arguments["out_dir"]), process.main
+        self.lock = process.first(lambda: open_folder(self.folder, arguments) if self.main else None)
+        self.saved = checkpoint.load_last(self.folder)
+        self.resumed = self.saved is not None
+        self.arguments, self.classes = arguments, [c.tolist() for c in classes]
+        vars(self).update(self.saved["counters"] if self.resumed else {**self.COUNTERS, "matrix": []})
+        if self.resumed and self.saved["classes"] != self.classes:
+            raise RunError(f"{self.folder} was trained on another split into tasks: the data set has changed since")
+        self.log = Log(self.folder if self.main else None, self.saved["metrics_size"] if self.resumed else 0, self.global_step)
+        self.every, self.unit = arguments["save_every"]
+        self.started = self.last_save = time.monotonic()
+        self.seconds_saving = 0.0
+
+    def restore(self, **parts):
+        """load_state_dict of every part, once, from the checkpoint that the run resumes from."""
+        if self.saved is not None:
+            for name, part in parts.items():
+                part.load_state_dict(self.saved[name])
+            self.saved = None
+
+    def save_due(self):
+        """Every --save_every steps or seconds."""
+        if self.unit == "steps":
+            return self.global_step % self.every == 0
+        return time.monotonic() - self.last_save >= self.every
+
+    def saving_is_cheap(self):
+        """Whether it took under a tenth of the time so far, so that one more at an epoch's end does no harm."""
+        return self.seconds_saving < 0.1 * (time.monotonic() - self.started)
+
+    def check_finite(self, meter):
+        """Raises RunError if a loss of the epoch was not finite."""
+        if (step := meter.first_bad_step()) >= 0:
+            kept = self.folder / checkpoint.LAST
+            good = f"the last good checkpoint is {kept}" if kept.exists() else "there is no checkpoint yet"
+            raise RunError(f"the loss is not finite at step {step}, task {self.task}: lower --lr or use --precision fp32; {good}")
+
+    def save(self, **parts):
+        """Writes last.pt with the state of every part; the one before it becomes last.prev.pt."""
+        before = time.monotonic()
+        self.check_finite(parts["meter"])
+        if self.main:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"counters": {name: getattr(self, name) for name in self.COUNTERS}, "classes": self.classes}
+            state |= {"arguments": self.arguments, "metrics_size": self.log.flush()}
+            checkpoint.save(self.folder / checkpoint.LAST, state, self.folder / checkpoint.PREVIOUS)
+        self.last_save = time.monotonic()
+        self.seconds_saving += self.last_save - before
+
+    def publish(self, block, title):
+        """After an evaluation: its row in the logs, results.json, the matrix as accuracy_matrix.png and in TensorBoard."""
+        if not self.main:
+            return
+        scores = {name: block[name] for name in ("average_accuracy", "forgetting", "forward_transfer", "plasticity")}
+        self.log.metrics(
+            "eval", self.global_step, {**scores, "row": block["matrix"][-1]}, task=self.task, protocol=block["protocol"]
+        )
+        figure = plot_matrix(block["matrix"], f"{title}\n{block['protocol'].split(':')[0]}, A = {scores['average_accuracy']:.2f} %")
+        self.log.figure("accuracy_matrix", figure, self.global_step)
+        figure.savefig(self.folder / "accuracy_matrix.png")
+        write_results(self.folder, block)
+        if len(block["matrix"]) == block["tasks"]:
+            self.log.hparams(self.arguments, scores)
+
+
+class Stopped(Exception):
+    """A signal asked the run to leave; its name is the argument."""
+
+
+class StopRequest:
+    """SIGTERM, SIGUSR1 and Ctrl-C ask the run to leave: at once, or, while steps are deferred, when the loop has saved."""
+
+    def __init__(self):
+        self.signal, self.deferring = None, False
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        again, self.signal = self.signal is not None, signal.Signals(number)
+        if not self.deferring or again:
+            raise Stopped(self.signal)
+
+    def __bool__(self):
+        return self.signal is not None
+
+    def leave(self, agreed):
+        """Raises Stopped where the ranks agreed to leave."""
+        if agreed:
+            raise Stopped(self.signal or signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def deferred(self):
+        """Within it, the first signal only sets the flag."""
+        self.deferring = True
+        try:
+            yield
+        finally:
+            self.deferring = False
+        self.leave(bool(self))
