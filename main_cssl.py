@@ -1,7 +1,7 @@
 """Continual self-supervised learning: trains one network on a sequence of unlabelled tasks and evaluates it after each.
 
 examples:
-    python main_cssl.py --dataset digits --backbone resnet10 --width 16 --image_size 16 --epochs 60 --batch_size 64 --moco_queue_size 256
+    python main_cssl.py --backbone resnet10 --width 16 --image_size 16 --epochs 60 --batch_size 64 --moco_queue_size 256
     python main_cssl.py --dataset cifar100 --data_dir DIR --download --regularizer pnr
     torchrun --nproc_per_node 4 main_cssl.py ...      (batch size and learning rate stay those of one process)
 
@@ -10,7 +10,6 @@ flags of X and Y.
 """
 
 import sys
-from pathlib import Path
 
 import torch
 from torch.amp import GradScaler
@@ -38,31 +37,14 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def parse_arguments(argv=None):
     """All flags; those of the method and the regulariser are the ones that the chosen classes declare."""
     parser = Parser(__doc__)
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, default="digits", help="digits needs no download")
-    add("--data_dir", default="datasets", help="where the data set lies, or is to be put by --download")
-    add("--download", action="store_true", help="fetch the data set if it is missing")
-    add("--cache_dir", help="where decoded images are kept if not beside the data, for instance if that is read-only")
+    add = add_data_arguments(parser)
     add("--scenario", choices=SCENARIOS, default="class", help="what changes from task to task")
     add("--num_tasks", type="count", default=5, help="1 is joint training, the upper bound")
     add("--image_size", type="count", help="side of the views in pixels (default: that of the images)")
     add("--min_scale", type="fraction", default=0.08, help="smallest share of the area that a crop keeps")
-    add(
-        "--blur_p",
-        type="fraction",
-        nargs=2,
-        default=(0.0, 0.0),
-        metavar=("P1", "P2"),
-        help="probability of blur in view 1 and view 2",
-    )
-    add(
-        "--solarize_p",
-        type="fraction",
-        nargs=2,
-        default=(0.0, 0.2),
-        metavar=("P1", "P2"),
-        help="probability of solarising in view 1 and view 2",
-    )
+    pair = {"type": "fraction", "nargs": 2, "metavar": ("P1", "P2")}
+    add("--blur_p", **pair, default=(0.0, 0.0), help="probability of blur in view 1 and view 2")
+    add("--solarize_p", **pair, default=(0.0, 0.2), help="probability of solarising in view 1 and view 2")
 
     add = parser.add_argument_group("model").add_argument
     add("--method", choices=METHODS, default="moco", help="self-supervised loss")
@@ -107,21 +89,26 @@ def parse_arguments(argv=None):
     return args
 
 
+def add_data_arguments(parser):
+    """The flags that say where images come from, for main_linear.py too; returns the group's add_argument."""
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=DATASETS, default="digits", help="digits needs no download")
+    add("--data_dir", default="datasets", help="where the data set lies, or is to be put by --download")
+    add("--download", action="store_true", help="fetch the data set if it is missing")
+    add("--cache_dir", help="where decoded images are kept if not beside the data, for instance if that is read-only")
+    return add
+
+
 def main(args):
     process, stop = distributed.start(args.device), StopRequest()
-    train, test, loaders, classes = build_data(args, process)
+    train, test, indices, classes = build_data(args, process)
+    loaders = build_loaders(args, process, train, indices)
     learner = build_learner(args, process)
     method, device = learner.method, process.device
     run = Run(vars(args), classes, process)
     clock = Clock()
     if process.main:
         print_settings(args, process, train, loaders, learner, run)
-
-    def accuracies():
-        """One row of a[k][t]: the present backbone's accuracy on each task."""
-        sets = [(lambda s=s: plain_batches(s.images, args.image_size, s.mean, s.std), s.labels) for s in (train, test)]
-        predictions = evaluate.classify(args, method.backbone, *sets, len(train.classes), learner.autocast_dtype)
-        return evaluate.accuracy_row(predictions, test.labels, classes)
 
     def report(kind, values):
         """A line of metrics, with what is worth watching beside the losses; on the terminal the speed too."""
@@ -133,7 +120,7 @@ def main(args):
 
     if not run.resumed:
         if args.eval != "none":
-            run.random_row = accuracies()
+            run.random_row = accuracies(args, method.backbone, train, test, classes)
         if args.init_from:
             checkpoint.load_method(method, args.init_from, f"--backbone {args.backbone} --width {args.width} --stem {args.stem}")
 
@@ -184,7 +171,11 @@ def main(args):
                     stop.leave(leave)
         progress.close()
         if run.finished == task:  # otherwise the run was interrupted after this evaluation
-            finish_task(args, run, learner, accuracies if args.eval != "none" else None)
+            save_network(run, method)
+            if args.eval != "none":
+                run.matrix.append(accuracies(args, method.backbone, train, test, classes))
+                publish(args, run)
+            run.finished += 1
             run.save(**parts)
         run.task, run.epoch, run.step = task + 1, 0, 0
     if process.main:
@@ -193,23 +184,29 @@ def main(args):
 
 
 def build_data(args, process):
-    """The two ImageSets on the device, a Loader and the classes of each task; fills in what --image_size and --stem leave open."""
+    """ImageSets on the device, indices and classes of each task; settles --image_size, --stem and --precision where left open."""
     train, test = process.first(lambda: load_dataset(args))
     args.image_size = args.image_size or train.images.shape[-1]
     if args.stem == "auto":
         args.stem = "cifar" if args.image_size <= 64 else "imagenet"
+    args.precision = args.precision or ("bf16" if process.device.type == "cuda" else "fp32")
     indices, classes = split(train.labels, len(train.classes), args.scenario, args.num_tasks, args.seed)
     for images in (train, test):
         images.images, images.labels = images.images.to(process.device), images.labels.to(process.device)
+    return train, test, indices, classes
+
+
+def build_loaders(args, process, train, indices):
+    """One Loader per task."""
+    if args.batch_size % process.world:
+        raise RunError(f"--batch_size {args.batch_size} is that of all processes and does not divide by {process.world}: change it")
     views = [ViewConfig(args.image_size, args.min_scale, *p) for p in zip(args.blur_p, args.solarize_p)]
     shared = (args.batch_size, views, train.mean, train.std, args.seed)
-    loaders = [Loader(train.images, part, *shared, task, process.rank, process.world) for task, part in enumerate(indices)]
-    return train, test, loaders, classes
+    return [Loader(train.images, part, *shared, task, process.rank, process.world) for task, part in enumerate(indices)]
 
 
 def build_learner(args, process):
     """Backbone, method and regulariser as the flags say, with weights from the seed, channels_last on the device."""
-    args.precision = args.precision or ("bf16" if process.device.type == "cuda" else "fp32")
     torch.manual_seed(args.seed)
     method = METHODS[args.method](build_backbone(args.backbone, args.width, args.stem), args)
     learner = Learner(method, REGULARIZERS[args.regularizer](args), PRECISIONS[args.precision])
@@ -240,33 +237,40 @@ def wrap(learner, process, compiled):
     return DistributedDataParallel(learner, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def finish_task(args, run, learner, accuracies):
-    """After a task's last epoch: taskN.pt, a row of the matrix, results.json, the figure."""
-    state = learner.method.state_dict()
+def accuracies(args, backbone, train, test, classes):
+    """One row of a[k][t]: the backbone's accuracy on each task, by the protocol args.eval."""
+    sets = [(lambda s=s: plain_batches(s.images, args.image_size, s.mean, s.std), s.labels) for s in (train, test)]
+    predictions = evaluate.classify(args, backbone, *sets, len(train.classes), PRECISIONS[args.precision])
+    return evaluate.accuracy_row(predictions, test.labels, classes)
+
+
+def save_network(run, method):
+    """taskN.pt: the backbone under torchvision's names, and the rest of the method as heads."""
+    state = method.state_dict()
     backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
     heads = {k: v for k, v in state.items() if not k.startswith("backbone.")}
     if run.main:
         network = {"backbone": backbone, "heads": heads, "config": run.arguments, "task": run.task, "classes": run.classes}
         checkpoint.save(run.folder / f"task{run.task}.pt", network)
-    if accuracies is not None:
-        run.matrix.append(accuracies())
-        protocol = evaluate.protocol_name(args.eval, args.probe_lr)
-        run.publish(evaluate.summary(run.matrix, args.num_tasks, protocol, run.random_row), f"{args.method} + {args.regularizer}")
-    run.finished += 1
+
+
+def publish(args, run):
+    protocol = evaluate.protocol_name(args.eval, args.probe_lr)
+    run.publish(evaluate.summary(run.matrix, args.num_tasks, protocol, run.random_row), f"{args.method} + {args.regularizer}")
 
 
 def print_settings(args, process, train, loaders, learner, run):
-    count = sum(p.numel() for p in learner.method.backbone.parameters())
+    millions = sum(p.numel() for p in learner.method.backbone.parameters()) / 1e6
     sizes = ", ".join(str(len(loader.indices)) for loader in loaders)
     rate = args.lr * args.batch_size / 256
+    resumed = f" (resumed at task {run.task}, epoch {run.epoch}, step {run.step})" if run.resumed else ""
     print(
-        f"{args.method} + {args.regularizer}, {args.backbone} ({count / 1e6:.1f} M parameters, {args.stem} stem) on {process.device}"
-        f" x {process.world}, {args.precision}, torch {torch.__version__}\n"
+        f"{args.method} + {args.regularizer}, {args.backbone} with {args.stem} stem, {millions:.1f} M parameters\n"
+        f"{process.world} x {process.device}, {args.precision}, torch {torch.__version__}\n"
         f"{args.dataset}: {len(loaders)} tasks of {sizes} images, {args.image_size} px, {args.epochs} epochs a task\n"
-        f"global batch {args.batch_size}, lr {rate:g} (= {args.lr:g} x {args.batch_size} / 256), weight decay {args.weight_decay:g}, "
-        f"{args.warmup_epochs} epochs of warm-up, seed {args.seed}\n"
-        f"run folder: {run.folder}"
-        + (f" (resumed at task {run.task + 1}, epoch {run.epoch + 1}, step {run.step})" if run.resumed else ""),
+        f"global batch {args.batch_size}, lr {rate:g} (= {args.lr:g} x {args.batch_size} / 256), weight decay "
+        f"{args.weight_decay:g}, {args.warmup_epochs} epochs of warm-up, seed {args.seed}\n"
+        f"run folder: {run.folder}{resumed}",
         flush=True,
     )
 
@@ -278,18 +282,19 @@ def print_results(run, args):
     print(f"{run.folder} is complete; TensorBoard: tensorboard --logdir {run.folder}")
 
 
-def run_command(argv=None):
-    """main, with the user's errors as one line and exit status 2, and an interruption as one line and 128 + the signal."""
+def report_errors(function, name):
+    """The exit status of function(): a user's error is one line and status 2, an interruption one line and 128 + the signal."""
     try:
-        main(parse_arguments(argv))
+        function()
     except Stopped as stopped:
         number = stopped.args[0]
-        print(f"stopped by {number.name}: what was saved is safe; run the same command again to go on", file=sys.stderr)
+        print(f"{name}: stopped by {number.name}; what was saved is safe: run the same command again to go on", file=sys.stderr)
         return 128 + number
     except (DataError, MethodError, RunError, OSError) as error:
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         return 2
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_command())
+    sys.exit(report_errors(lambda: main(parse_arguments()), "main_cssl.py"))

@@ -6,7 +6,7 @@ has to be read back from the device); `make_view` applies them. The operations f
 * The crop is resized with PIL's antialiased bicubic filter. Crop, resize and flip are one linear map per axis, so a view is
   two batched matrix products, and the result is clamped to [0, 1] once.
 * The order of the four colour-jitter operations is drawn once per view and step, not once per sample.
-* Blur uses 13 taps (three standard deviations at the largest sigma), at any image size, with reflected borders.
+* Blur uses 13 taps (three standard deviations at the largest sigma), fewer in tiny images, with reflected borders.
 """
 
 from dataclasses import dataclass
@@ -178,10 +178,14 @@ def resize_weights(start, length, in_size, out_size, device, flip=None):
 def distort(x, params):
     """Colour jitter, grey, blur, solarise, in place and only on the samples that drew them. x: float [N, 3, S, S] in [0, 1]."""
     ops = {"brightness": brightness_, "contrast": contrast_, "saturation": saturation_, "hue": hue_}
-    factors = {name: getattr(params, name).to(x.device, non_blocking=True).view(-1, 1, 1, 1) for name in JITTER_OPS}
-    if params.jitter.any():
+
+    def jitter(part):
         for name in params.jitter_order:
-            x = ops[name](x, factors[name])
+            factor = getattr(params, name)[params.jitter].to(x.device, non_blocking=True)
+            part = ops[name](part, factor.view(-1, 1, 1, 1))
+        return part
+
+    x = on_samples(x, params.jitter, jitter)
     x = on_samples(x, params.grey, lambda part: grey(part).expand_as(part))
     sigma = params.sigma[params.blur].to(x.device, non_blocking=True)
     x = on_samples(x, params.blur, lambda part: blur(part, sigma))
@@ -239,11 +243,12 @@ def hue_(x, shift):
 def blur(x, sigma):
     """Gaussian blur with a standard deviation of its own for each sample. x: [N, 3, H, W]; sigma: [N], pixels."""
     n, c, height, width = x.shape
-    offset = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=x.device)
+    radius = min(BLUR_RADIUS, height - 1, width - 1)  # what a reflected border can give
+    offset = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.exp(-0.5 * (offset / sigma.view(-1, 1)) ** 2)
     kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(c, dim=0)  # NC x taps
     x = x.reshape(1, n * c, height, width)
-    x = torch.nn.functional.pad(x, (BLUR_RADIUS,) * 4, mode="reflect")
+    x = torch.nn.functional.pad(x, (radius,) * 4, mode="reflect")
     x = torch.nn.functional.conv2d(x, kernel.view(n * c, 1, 1, -1), groups=n * c)
     x = torch.nn.functional.conv2d(x, kernel.view(n * c, 1, -1, 1), groups=n * c)
     return x.view(n, c, height, width)

@@ -9,7 +9,8 @@ from data import DataError, augment
 
 def generator(*key):
     """A CPU torch.Generator that depends on all the integers of the key, well mixed."""
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    # SeedSequence pads with zeros: the length keeps (seed, task, epoch) apart from (seed, task, epoch, 0)
+    seed = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed))
 
 

@@ -25,9 +25,7 @@ class MoCo(Method):
 
     def __init__(self, backbone, args):
         if args.moco_queue_size < args.batch_size:
-            raise MethodError(
-                f"--moco_queue_size {args.moco_queue_size} is smaller than --batch_size {args.batch_size}: raise it to that at least"
-            )
+            raise MethodError(f"--moco_queue_size {args.moco_queue_size} is smaller than --batch_size {args.batch_size}: raise it")
         super().__init__(backbone)
         self.dim, self.ema = args.moco_dim, args.moco_ema
         self.tau, self.tau_d = args.moco_tau, args.moco_tau_distill

@@ -10,6 +10,22 @@ import torch
 
 from utils import RunError
 
+# foreign names and ours, by a prefix that marks the layout; longer prefixes come before the shorter ones that they contain
+LAYOUTS = {
+    "encoder_q.": {
+        "encoder_q.fc.": "projector.",
+        "encoder_k.fc.": "twin.projector.",
+        "encoder_q.": "backbone.",
+        "encoder_k.": "twin.backbone.",
+    },
+    "encoder.": {
+        "encoder.": "backbone.",
+        "projector.": "projector.",
+        "momentum_encoder.": "twin.backbone.",
+        "momentum_projector.": "twin.projector.",
+    },
+    "": {"": "backbone."},
+}
 LAST, PREVIOUS = "last.pt", "last.prev.pt"
 
 
@@ -93,17 +109,7 @@ def read_network(path):
     if not isinstance(content, dict) or not any(torch.is_tensor(v) for v in content.values()):
         raise RunError(f"{path} holds no network: expected a state_dict of tensors")
     tensors = {k.removeprefix("module."): v for k, v in content.items() if torch.is_tensor(v)}
-    if any(k.startswith("encoder_q.") for k in tensors):
-        renames = {
-            "encoder_q.fc.": "projector.",
-            "encoder_k.fc.": "twin.projector.",
-            "encoder_q.": "backbone.",
-            "encoder_k.": "twin.backbone.",
-        }
-    elif any(k.startswith("encoder.") for k in tensors):
-        renames = {"encoder.": "backbone.", "projector.": "projector.", "momentum_encoder.": "twin.backbone.", "momentum_projector.": "twin.projector."}  # fmt: skip
-    else:
-        renames = {"": "backbone."}
+    renames = next(table for mark, table in LAYOUTS.items() if any(k.startswith(mark) for k in tensors))
     heads = {}
     for key, value in tensors.items():
         prefix = next((p for p in renames if key.startswith(p)), None)

@@ -76,7 +76,8 @@ def protocol_name(protocol, probe_lr):
 def classify(args, backbone, train, test, num_classes, autocast_dtype=None):
     """Predictions for the test set from frozen features, by the protocol args.eval, with args.probe_lr and args.seed.
 
-    train, test: (function that yields batches of images, labels on the device). Raises AssertionError if a tensor of the backbone changed, running statistics included.
+    train, test: (function that yields batches of images, labels on the device). Raises AssertionError if a tensor of the
+    backbone changed, running statistics included.
     """
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
     (train_batches, train_y), (test_batches, _) = train, test

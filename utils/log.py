@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -54,7 +55,7 @@ class Log:
             return
         shape = (1, 3, 1, 1)
         mean, std = (views[0].new_tensor(s).view(shape) for s in (mean, std))
-        grid = make_grid(sum(([v[i] for v in views] for i in range(min(count, len(views[0])))), []), nrow=8)
+        grid = make_grid(torch.stack([v[:count] for v in views]).flatten(0, 1), nrow=count)
         self.writer.add_image("views", (grid * std[0] + mean[0]).clamp(0, 1), step)
 
     def figure(self, name, figure, step):
@@ -81,7 +82,7 @@ class Progress:
     """One bar for a task's steps on a terminal, a plain line now and then elsewhere, nothing on ranks other than 0."""
 
     def __init__(self, task, tasks, epochs, steps, done, shown):
-        self.title = f"task {task + 1}/{tasks}"
+        self.title = f"task {task} (of {tasks})"
         self.epochs, self.steps, self.done, self.total = epochs, steps, done, epochs * steps
         self.shown = shown
         terminal = shown and sys.stderr.isatty()

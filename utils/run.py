@@ -76,7 +76,8 @@ def compare_arguments(folder, old, new):
 
 def environment():
     """Versions and commit, so that a number can be traced."""
-    versions = {"python": platform.python_version(), "numpy": numpy.__version__, "torch": torch.__version__, "torchvision": torchvision.__version__}  # fmt: skip
+    versions = {module.__name__: module.__version__ for module in (numpy, torch, torchvision)}
+    versions["python"] = platform.python_version()
     root = Path(__file__).resolve().parent.parent
     git = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
     return {"versions": versions, "git_commit": git.stdout.strip() or None, "command": sys.argv}

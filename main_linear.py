@@ -1,0 +1,118 @@
+"""Offline evaluation of frozen networks: a linear probe or k-NN on their features, one classifier over all classes.
+
+examples:
+    python main_linear.py --run runs/cifar100-class5-moco-pnr-seed5 --protocol knn
+    python main_linear.py --run runs/cifar100-class5-moco-pnr-seed5 --label_fraction 0.01
+    python main_linear.py --checkpoint released.ckpt --backbone resnet18 --dataset cifar100 --data_dir DIR
+
+--run evaluates the network after every task, with the run's own data set and settings unless flags say otherwise, and adds the
+numbers to its results.json under the protocol's name. --checkpoint prints the numbers of one network.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from main_cssl import PRECISIONS, accuracies, add_data_arguments, build_data, report_errors
+from models import BACKBONES, build_backbone
+from utils import RunError, checkpoint, distributed, evaluate
+from utils.arguments import Parser
+from utils.run import read_config, write_results
+
+# what a flag, and the run that wrote the network, leave open
+DEFAULTS = {
+    "dataset": None,
+    "data_dir": "datasets",
+    "download": False,
+    "cache_dir": None,
+    "scenario": "class",
+    "num_tasks": 1,
+    "image_size": None,
+    "backbone": "resnet18",
+    "width": 64,
+    "stem": "auto",
+    "seed": 5,
+    "precision": None,
+    "probe_lr": 1.0,
+}
+
+
+def parse_arguments(argv=None):
+    """The flags, with None where the run or DEFAULTS decides."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--run", metavar="DIR", help="a run folder of main_cssl.py")
+    add("--checkpoint", metavar="FILE", help="a taskN.pt, or a checkpoint of PNR, CaSSLe, solo-learn, MoCo or torchvision")
+    add("--protocol", dest="eval", choices=("linear", "knn"), default="linear", help="knn is quick, linear is what papers report")
+    add(
+        "--label_fraction", type="fraction", default=1.0, help="share of each class's labels that the classifier sees, such as 0.01"
+    )
+    add("--probe_lr", type="positive", help="of the linear probe (default: the run's, or 1); lower it if the probe diverges")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_data_arguments(parser)
+    add = parser.add_argument_group("what the run does not say, or is to be overridden").add_argument
+    add("--backbone", choices=BACKBONES)
+    add("--width", type="count", help="base channels")
+    add("--stem", choices=("auto", "cifar", "imagenet"))
+    add("--image_size", type="count", help="side in pixels (default: that of the images)")
+    add("--num_tasks", type="count", help="tasks to tell apart in the numbers")
+    add("--seed", type="index", help="of the classes' order and of the probe's sample order")
+    add("--precision", choices=PRECISIONS)
+    parser.set_defaults(dataset=None, data_dir=None, download=None)
+    args = parser.parse_args(argv)
+    if (args.run is None) == (args.checkpoint is None):
+        parser.error("pass either --run DIR or --checkpoint FILE")
+    return args
+
+
+def main(args):
+    process = distributed.start(args.device)
+    if args.run:
+        networks = sorted(Path(args.run).glob("task*.pt"), key=lambda path: int(path.stem[4:]))
+        config = read_config(args.run)["arguments"]
+    else:
+        networks = [Path(args.checkpoint)]
+        config = checkpoint.read_network(args.checkpoint)["config"] or {}
+    if not networks:
+        raise RunError(f"{args.run} holds no task0.pt yet: its first task has not ended")
+    for name, default in DEFAULTS.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, config.get(name, default))
+    if args.dataset is None:
+        raise RunError(f"{args.checkpoint} does not say what it was trained on: pass --dataset and --data_dir")
+
+    train, test, _, classes = build_data(args, process)
+    keep_labels(train, args.label_fraction, args.seed)
+    torch.manual_seed(args.seed)
+    backbone = build_backbone(args.backbone, args.width, args.stem).to(process.device, memory_format=torch.channels_last)
+    what = f"--backbone {args.backbone} --width {args.width} --stem {args.stem}"
+    name = args.eval if args.label_fraction == 1 else f"{args.eval}_{args.label_fraction:g}"
+    protocol = evaluate.protocol_name(args.eval, args.probe_lr)
+    if args.label_fraction < 1:
+        protocol += f"; {100 * args.label_fraction:g} % of the labels"
+    random_row = accuracies(args, backbone, train, test, classes) if args.run else None
+    matrix = []
+    for path in networks:
+        checkpoint.load_strictly(backbone, checkpoint.read_network(path)["backbone"], path, what)
+        matrix.append(accuracies(args, backbone, train, test, classes))
+        mean = sum(matrix[-1]) / len(matrix[-1])
+        print(f"{path}: {mean:.2f} % (per task: {', '.join(f'{a:.2f}' for a in matrix[-1])})", flush=True)
+    print(protocol)
+    if args.run:
+        block = evaluate.summary(matrix, args.num_tasks, protocol, random_row)
+        print(f"{evaluate.format_matrix(matrix)}\n{evaluate.format_summary(block)}")
+        write_results(args.run, {name: block})
+
+
+def keep_labels(images, fraction, seed):
+    """Leaves a random share of each class, at least one image, the same for every network."""
+    if fraction < 1:
+        order = torch.randperm(len(images.labels), generator=torch.Generator().manual_seed(seed)).to(images.labels.device)
+        members = [order[images.labels[order] == label] for label in range(len(images.classes))]
+        kept = torch.cat([m[: max(1, round(fraction * len(m)))] for m in members])
+        images.images, images.labels = images.images[kept], images.labels[kept]
+
+
+if __name__ == "__main__":
+    sys.exit(report_errors(lambda: main(parse_arguments()), "main_linear.py"))

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# CIFAR-100, class-incremental, with the paper's settings (ResNet-18, 500 epochs a task).
+#   bash run_cifar100.sh [METHOD] [REGULARIZER] [further flags of main_cssl.py]      default: moco pnr
+#   DATA=DIR   torchvision's files, or train/<class>/ and test/<class>/ (datasets; --download fetches it)
+#   OUT=DIR    the run folder (runs/cifar100-TASKS-METHOD-REGULARIZER); the same command again resumes it
+#   TASKS=N    5 or 10 (5)         GPUS=N  processes on this machine (1); the results are those of one
+#   PYTHON=... an interpreter to use instead of .venv
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+METHOD=moco REGULARIZER=pnr
+if [[ $# -gt 0 && $1 != -* ]]; then METHOD=$1; shift; fi
+if [[ $# -gt 0 && $1 != -* ]]; then REGULARIZER=$1; shift; fi
+TASKS=${TASKS:-5} GPUS=${GPUS:-1} DATA=${DATA:-datasets}
+OUT=${OUT:-runs/cifar100-$TASKS-$METHOD-$REGULARIZER}
+
+# method   flags (lr per 256 images)
+case $METHOD in
+  moco)    SETTINGS="--lr 0.6 --weight_decay 1e-4 --moco_queue_size 65536 --moco_tau 0.2 --moco_ema 0.99 0.999 --solarize_p 0 0.2" ;;
+  *)       echo "run_cifar100.sh: error: unknown method $METHOD: choose moco" >&2; exit 2 ;;
+esac
+
+source utils/python.sh requirements.txt
+LAUNCH=("$PYTHON")
+if [ "$GPUS" -gt 1 ]; then LAUNCH=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$GPUS"); fi
+# shellcheck disable=SC2086
+exec "${LAUNCH[@]}" main_cssl.py --dataset cifar100 --data_dir "$DATA" --scenario class --num_tasks "$TASKS" \
+  --backbone resnet18 --epochs 500 --batch_size 256 --method "$METHOD" --regularizer "$REGULARIZER" $SETTINGS --out_dir "$OUT" "$@"

@@ -1,0 +1,32 @@
+"""Prints the accuracy matrices and summaries of runs side by side: python -m utils.compare RUN [RUN ...]"""
+
+import json
+import sys
+from pathlib import Path
+
+from utils.evaluate import format_matrix, format_summary
+
+
+def compare(folders):
+    """The text for some run folders whose results.json has a matrix, and the protocols that it is of."""
+    columns, protocols = [], {}
+    for folder in map(Path, folders):
+        block = json.loads((folder / "results.json").read_text())
+        protocols[block["protocol"]] = None
+        summary = format_summary(block).replace(", ", "\n")
+        columns.append([folder.name, *format_matrix(block["matrix"]).split("\n"), *summary.split("\n")])
+    height = max(map(len, columns))
+    widths = [max(map(len, column)) for column in columns]
+    rows = [
+        "   ".join((column[i] if i < len(column) else "").ljust(width) for column, width in zip(columns, widths))
+        for i in range(height)
+    ]
+    return "\n".join([f"accuracy (%), {'; '.join(protocols)}", *(row.rstrip() for row in rows)])
+
+
+if __name__ == "__main__":
+    try:
+        print(compare(sys.argv[1:] or sys.exit(__doc__)))
+    except (OSError, ValueError, KeyError) as error:
+        print(f"compare: error: not a run folder with results: {error}", file=sys.stderr)
+        sys.exit(2)
