@@ -128,11 +128,8 @@ def main(args):
         loader, epochs = loaders[task], 0 if task == 0 and args.init_from else args.epochs
         torch.manual_seed(generator(args.seed, task).initial_seed())
         learner.begin_task(task, device)
-        optimizer, scaler, meter = (
-            build_optimizer(args, learner),
-            GradScaler(device, enabled=args.precision == "fp16"),
-            Meter(device),
-        )
+        optimizer, meter = build_optimizer(args, learner), Meter(device)
+        scaler = GradScaler(device.type, enabled=args.precision == "fp16")
         parts = {"learner": learner, "optimizer": optimizer, "scaler": scaler, "meter": meter}
         run.restore(**parts)
         model = wrap(learner, process, args.compile)

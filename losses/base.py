@@ -49,7 +49,7 @@ class Method(nn.Module):
 
     @staticmethod
     def add_arguments(parser):
-        """Declares the method's flags on an argparse group."""
+        """Declares the method's flags on an argparse group; for types by name see utils/arguments.py."""
 
     def __init__(self, backbone):
         super().__init__()

@@ -11,7 +11,7 @@ class CaSSLe(Regularizer):
     @staticmethod
     def add_teacher_arguments(parser):
         """The flags of every regulariser with a teacher."""
-        parser.add_argument("--predictor_hidden", type=int, default=2048, help="hidden width of the predictor g")
+        parser.add_argument("--predictor_hidden", type="count", default=2048, help="hidden width of the predictor g")
         parser.add_argument("--teacher_bn", choices=("eval", "batch"), default="batch",
                             help="what the frozen teacher's batch norms use: its running statistics, or each batch's own, as "
                             "the released code does for nearly all of training (the running statistics never change)")  # fmt: skip
@@ -19,7 +19,7 @@ class CaSSLe(Regularizer):
     @staticmethod
     def add_arguments(parser):
         CaSSLe.add_teacher_arguments(parser)
-        parser.add_argument("--cassle_weight", type=float, default=1.0, help="weight of the distillation term")
+        parser.add_argument("--cassle_weight", type="weight", default=1.0, help="weight of the distillation term")
 
     def __init__(self, args):
         super().__init__(args)

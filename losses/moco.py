@@ -15,12 +15,14 @@ class MoCo(Method):
 
     @staticmethod
     def add_arguments(parser):
-        parser.add_argument("--moco_hidden", type=int, default=2048, help="hidden width of the projector")
-        parser.add_argument("--moco_dim", type=int, default=128, help="output dimension of the projector")
-        parser.add_argument("--moco_queue_size", type=int, default=65536, help="keys per view; lower it for small data sets")
-        parser.add_argument("--moco_tau", type=float, default=0.2, help="temperature of the SSL loss")
-        parser.add_argument("--moco_tau_distill", type=float, default=0.2, help="temperature tau_d of the CaSSLe and PNR terms")
-        parser.add_argument("--moco_ema", type=float, nargs=2, default=(0.99, 0.999), metavar=("BASE", "FINAL"),
+        parser.add_argument("--moco_hidden", type="count", default=2048, help="hidden width of the projector")
+        parser.add_argument("--moco_dim", type="count", default=128, help="output dimension of the projector")
+        parser.add_argument("--moco_queue_size", type="count", default=65536, help="keys per view; lower it for small data sets")
+        parser.add_argument("--moco_tau", type="positive", default=0.2, help="temperature of the SSL loss")
+        parser.add_argument(
+            "--moco_tau_distill", type="positive", default=0.2, help="temperature tau_d of the CaSSLe and PNR terms"
+        )
+        parser.add_argument("--moco_ema", type="fraction", nargs=2, default=(0.99, 0.999), metavar=("BASE", "FINAL"),
                             help="EMA tau of the momentum network at the start and at the end of each task")  # fmt: skip
 
     def __init__(self, backbone, args):

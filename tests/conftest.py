@@ -23,7 +23,7 @@ def arguments(extra="", tiny=TINY):
 
 def command(script, flags, **options):
     """Runs a script of the project in a process of its own; flags is one string."""
-    call = [sys.executable, str(ROOT / script), *flags.split()]
+    call = [sys.executable, *([script] if script == "-m" else [str(ROOT / script)]), *flags.split()]
     return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=240, **options)
 
 

@@ -48,7 +48,7 @@ def open_folder(path, arguments):
         raise RunError(f"another process is writing {folder}: wait for it, or choose another --out_dir") from error
     arguments = json.loads(json.dumps(arguments))  # as they will be read back: tuples become lists
     config = folder / "config.json"
-    if config.exists():
+    if (folder / checkpoint.LAST).exists() or (folder / checkpoint.PREVIOUS).exists():
         compare_arguments(folder, read_config(folder)["arguments"], arguments)
     else:
         write_text(config, json.dumps({"arguments": arguments, **environment()}, indent=2) + "\n")

@@ -1,0 +1,118 @@
+"""Times one training step of a later task, part by part, and against fine-tuning, on random images.
+
+    python benchmarks/step.py --backbone resnet18 --image_size 32 --batch_size 256 --precision bf16 [--compile]
+    python benchmarks/step.py --backbone resnet10 --width 16 --image_size 16 --batch_size 64 --moco_queue_size 4096
+
+Takes every flag of main_cssl.py that shapes a step. The parts are timed one after the other, waiting for the device in between;
+the images/s of the regulariser and of fine-tuning are of undisturbed steps, a few of each in turn, medians of all rounds.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import main_cssl
+from data.augment import ViewConfig
+from data.loader import Loader
+from losses.base import Outputs
+from utils import distributed
+
+ROUNDS, STEPS = 7, 4
+
+
+def seconds(device, function):
+    """(wall time, result) of function(), the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+class Trial:
+    """A learner in its second task, with its optimizer and endless views of random images."""
+
+    def __init__(self, flags, process):
+        args = main_cssl.parse_arguments(flags)
+        args.image_size, self.device = args.image_size or 32, process.device
+        args.stem = "cifar" if args.image_size <= 64 else "imagenet"
+        args.precision = args.precision or ("bf16" if self.device.type == "cuda" else "fp32")
+        self.args, self.learner = args, main_cssl.build_learner(args, process)
+        self.learner.begin_task(1, self.device)
+        self.optimizer = main_cssl.build_optimizer(args, self.learner)
+        self.model = main_cssl.wrap(self.learner, process, args.compile)
+        images = torch.randint(0, 256, (4 * args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8)
+        views = [ViewConfig(args.image_size, args.min_scale, *p) for p in zip(args.blur_p, args.solarize_p)]
+        statistic = ((0.5,) * 3, (0.25,) * 3)
+        loader = Loader(images.to(self.device), torch.arange(len(images)), args.batch_size, views, *statistic, args.seed, 1)
+        self.views = (pair for epoch in range(10**6) for pair in loader.epoch(epoch))
+
+    def step(self):
+        loss, _, out, old = self.model(*next(self.views))
+        loss.backward()
+        self.update(out, old)
+
+    def update(self, out, old):
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.learner.after_step(out, old, 0.5)
+
+    def parts(self):
+        """Seconds of each part of a step."""
+        learner, method, regularizer = self.learner, self.learner.method, self.learner.regularizer
+        times = {}
+
+        def timed(name, function):
+            times[name], result = seconds(self.device, function)
+            return result
+
+        def cast(function):
+            with torch.autocast(self.device.type, learner.autocast_dtype, enabled=learner.autocast_dtype is not None):
+                return function()
+
+        views = timed("data", lambda: next(self.views))
+        z = timed("forward student", lambda: cast(lambda: [method.projector(method.backbone(v)) for v in views]))
+        k = timed("forward momentum", lambda: cast(lambda: method.momentum_outputs(views)))
+        old = timed("forward teacher", lambda: cast(lambda: regularizer.teach(views)))
+        out = Outputs(z=z, k=k, queue=method.queue.rows).of_all_ranks()
+        pred = timed("forward predictor", lambda: cast(lambda: regularizer.predict(method, out)))
+        old, pred = (None if o is None else o.of_all_ranks() for o in (old, pred))
+        loss = timed("loss", lambda: sum(regularizer.losses(method, out, pred, old).values()))
+        timed("backward", loss.backward)
+        timed("optimiser, EMA, queues", lambda: self.update(out, old))
+        return times
+
+
+def main(flags):
+    process = distributed.start("auto")
+    trial, plain = Trial(flags, process), Trial([*flags, "--regularizer", "finetune"], process)
+    args = trial.args
+    rows = [trial.parts() for _ in range(ROUNDS + 2)][2:]
+    device = torch.cuda.get_device_name() if process.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    compiled = ", compiled" if args.compile else ""
+    print(f"{args.method} + {args.regularizer}, {args.backbone} width {args.width}, {args.image_size} px, batch {args.batch_size}")
+    print(f"queue {args.moco_queue_size}, {args.precision}{compiled}, {device}, torch {torch.__version__}")
+    for name in rows[0]:
+        print(f"{name:24s} {1e3 * statistics.median(row[name] for row in rows):9.2f} ms")
+    times = {trial: [], plain: []}
+    for t in times:
+        seconds(t.device, lambda t=t: [t.step() for _ in range(STEPS)])
+    for _ in range(ROUNDS):
+        for t in times:
+            times[t].append(seconds(t.device, lambda t=t: [t.step() for _ in range(STEPS)])[0] / STEPS)
+    for t in times:
+        median = statistics.median(times[t])
+        print(f"{'step, ' + t.args.regularizer:24s} {1e3 * median:9.2f} ms   {t.args.batch_size / median:9.0f} images/s")
+    ratio = statistics.median(a / b for a, b in zip(*times.values()))
+    print(f"{args.regularizer} / finetune       {ratio:9.2f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,155 @@
+"""What scripts and users rely on: the flags, the run folder, and that one command gives one result."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY, command
+
+import main_cssl
+import main_linear
+from losses import METHODS, REGULARIZERS
+from utils.arguments import interval
+from utils.compare import compare
+
+FLAGS = """
+--dataset --data_dir --download --cache_dir --scenario --num_tasks --image_size --min_scale --blur_p --solarize_p --method
+--regularizer --backbone --width --stem --init_from --epochs --batch_size --lr --weight_decay --warmup_epochs --seed --device
+--precision --compile --eval --probe_lr --out_dir --save_every --log_every --moco_hidden --moco_dim --moco_queue_size --moco_tau
+--moco_tau_distill --moco_ema --predictor_hidden --teacher_bn --pnr_pseudo_negatives
+""".split()
+
+
+def run(flags, script=main_cssl):
+    assert main_cssl.report_errors(lambda: script.main(script.parse_arguments(flags.split())), "p") == 0
+
+
+def networks_equal(a, b):
+    a, b = torch.load(a), torch.load(b)
+    return all(torch.equal(a[part][k], b[part][k]) for part in ("backbone", "heads") for k in a[part])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A finished fine-tuning run of two tasks."""
+    place = tmp_path_factory.mktemp("runs") / "finetune"
+    run(f"{TINY} --num_tasks 2 --regularizer finetune --out_dir {place}")
+    return place
+
+
+def test_flags_stay(capsys):
+    """Removing or renaming a flag breaks somebody's script."""
+    with pytest.raises(SystemExit) as ended:
+        main_cssl.parse_arguments(["--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert [flag for flag in FLAGS if f"{flag} " not in text and f"{flag}]" not in text and f"{flag}\n" not in text] == []
+
+
+def test_run_folder(folder):
+    names = {path.name.split(".out.")[0] for path in folder.iterdir()} - {".lock"}
+    assert names == {"config.json", "metrics.jsonl", "results.json", "accuracy_matrix.png", "task0.pt", "task1.pt", "last.pt",
+                     "last.prev.pt", "events"}  # fmt: skip
+    config = json.loads((folder / "config.json").read_text())
+    assert config["arguments"]["seed"] == 5 and {"torch", "torchvision", "numpy", "python"} <= config["versions"].keys()
+    results = json.loads((folder / "results.json").read_text())
+    assert [len(row) for row in results["matrix"]] == [2, 2] and results["tasks"] == 2 and "k-NN" in results["protocol"]
+    assert results["average_accuracy"] == sum(results["matrix"][-1]) / 2 > 30
+    assert (
+        results["plasticity"] is None
+        and isinstance(results["forgetting"], float)
+        and isinstance(results["forward_transfer"], float)
+    )
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {line["kind"] for line in lines} == {"train", "epoch", "eval"}
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    assert [(line["task"], line["epoch"]) for line in epochs] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert all(0 < line["feature_std"] < 2 and line["loss"] == line["ssl"] > 0 for line in epochs)
+
+
+def test_tensorboard(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    wanted = {f"train/{name}" for name in ("loss", "ssl", "lr", "ema_tau", "feature_std")}
+    assert wanted | {"speed/images_per_second", "speed/data_wait_share", "eval/average_accuracy"} <= set(tags["scalars"])
+    assert {"views", "accuracy_matrix"} <= set(tags["images"])
+
+
+@pytest.mark.parametrize("regularizer", REGULARIZERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_combination(method, regularizer, tmp_path):
+    """Two tasks train, and the same command gives the same bits."""
+    for name in ("a", "b"):
+        run(f"{TINY} --num_tasks 2 --method {method} --regularizer {regularizer} --epochs 1 --out_dir {tmp_path / name}")
+    assert (tmp_path / "a" / "metrics.jsonl").read_text() == (tmp_path / "b" / "metrics.jsonl").read_text()
+    assert networks_equal(tmp_path / "a" / "task1.pt", tmp_path / "b" / "task1.pt")
+
+
+def test_seed_changes_the_run(folder, tmp_path):
+    run(f"{TINY} --num_tasks 2 --regularizer finetune --seed 6 --out_dir {tmp_path}")
+    assert not networks_equal(folder / "task0.pt", tmp_path / "task0.pt")
+
+
+def test_init_from_goes_on_like_the_run_itself(folder, tmp_path):
+    """From its own task0.pt a run repeats the rest of itself, bit for bit."""
+    run(f"{TINY} --num_tasks 2 --regularizer finetune --init_from {folder / 'task0.pt'} --out_dir {tmp_path}")
+    assert networks_equal(folder / "task1.pt", tmp_path / "task1.pt")
+    assert (folder / "results.json").read_text() == (tmp_path / "results.json").read_text()
+
+
+@pytest.mark.parametrize("case", ["main", "reg", "none"])
+def test_pseudo_negatives_change_the_loss(folder, tmp_path, case):
+    losses = []
+    for flag in ("both", case):
+        out = tmp_path / flag
+        start = f"{TINY} --num_tasks 2 --epochs 1 --init_from {folder / 'task0.pt'} --eval none"
+        run(f"{start} --pnr_pseudo_negatives {flag} --out_dir {out}")
+        first = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+        losses.append((first["ssl"], first["align"]))
+    (ssl, align), (other_ssl, other_align) = losses
+    # more negatives, larger loss
+    assert (other_ssl < ssl) == (case in ("reg", "none")) and (other_align < align) == (case in ("main", "none"))
+
+
+def test_main_linear(folder, capsys):
+    """The training run's protocol gives the training run's numbers; another one stands under its own name beside them."""
+    before = json.loads((folder / "results.json").read_text())
+    run(f"--run {folder} --protocol knn", script=main_linear)
+    run(f"--run {folder} --protocol linear --probe_lr 0.5", script=main_linear)
+    run(f"--run {folder} --protocol knn --label_fraction 0.1", script=main_linear)
+    after = json.loads((folder / "results.json").read_text())
+    assert after["knn"] == before
+    assert {k: after[k] for k in before} == before
+    assert "lr 0.5" in after["linear"]["protocol"] and "10 % of the labels" in after["knn_0.1"]["protocol"]
+    assert after["knn_0.1"]["matrix"] != after["knn"]["matrix"] != after["linear"]["matrix"]
+    capsys.readouterr()
+    run(f"--checkpoint {folder / 'task1.pt'} --protocol knn", script=main_linear)
+    assert ", ".join(f"{a:.2f}" for a in before["matrix"][1]) in capsys.readouterr().out
+
+
+def test_compare(folder):
+    text = compare([folder, folder])
+    assert text.count("finetune") == 2 and text.count("A_T") == 2
+
+
+def test_bf16_trains(tmp_path):
+    run(f"{TINY} --num_tasks 2 --epochs 1 --precision bf16 --out_dir {tmp_path}")
+    assert torch.load(tmp_path / "task1.pt")["backbone"]["conv1.weight"].dtype == torch.float32
+
+
+def test_interval():
+    assert interval("500") == (500, "steps") and interval("10m") == (600, "seconds") and interval("90s") == (90, "seconds")
+
+
+def test_torchrun(tmp_path):
+    """Two processes through the front door: one run folder, and the accuracies of one process, but for rounding."""
+    flags = f"{TINY} --num_tasks 2 --epochs 1 --lr 0.01"
+    done = command("-m", f"torch.distributed.run --standalone --nproc_per_node 2 main_cssl.py {flags} --out_dir {tmp_path / 'two'}")
+    assert done.returncode == 0, done.stderr
+    run(f"{flags} --out_dir {tmp_path / 'one'}")
+    one, two = (torch.load(tmp_path / name / "task1.pt") for name in ("one", "two"))
+    for key, value in one["backbone"].items():
+        torch.testing.assert_close(two["backbone"][key], value, rtol=1e-2, atol=1e-3)

@@ -1,0 +1,105 @@
+"""Splits, metrics on hand-computed matrices, the probe and k-NN."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import arguments
+
+from data import DataError
+from data.scenarios import split
+from models import build_backbone
+from utils import evaluate
+
+MATRIX = [[80.0, 20.0, 30.0], [70.0, 90.0, 40.0], [60.0, 85.0, 95.0]]
+
+
+def test_metrics_by_hand():
+    assert evaluate.average_accuracy(MATRIX) == 80
+    assert evaluate.forgetting(MATRIX) == ((80 - 60) + (90 - 85)) / 2
+    assert evaluate.forward_transfer(MATRIX, [10.0, 15.0, 20.0]) == ((20 - 15) + (40 - 20)) / 2
+    # after task 0: (20 - 50 + 30 - 60) / 2 = -30; after task 1: 40 - 60 = -20
+    assert evaluate.plasticity(MATRIX, [40.0, 50.0, 60.0]) == -25
+    # a task that gets better after it was learned was never forgotten, but does not count as less than nothing
+    assert evaluate.forgetting([[50.0, 0.0], [60.0, 70.0]]) == 0
+
+
+def test_what_is_not_known_is_null():
+    block = evaluate.summary(MATRIX, 3, "words", None)
+    assert block["plasticity"] is None and block["forward_transfer"] is None and block["tasks"] == 3
+    one = evaluate.summary([[80.0]], 1, "words", [10.0])
+    assert one["average_accuracy"] == 80 and one["forgetting"] is None and one["forward_transfer"] is None
+    partial = evaluate.summary(MATRIX[:2], 3, "words", [10.0, 15.0, 20.0])
+    assert partial["average_accuracy"] == 80 and partial["forgetting"] == 10 and partial["forward_transfer"] == 5
+    assert partial["matrix"] == MATRIX[:2]
+
+
+def test_accuracy_row():
+    labels, predictions = torch.tensor([0, 0, 1, 2, 3, 3]), torch.tensor([0, 1, 1, 3, 3, 3])
+    assert evaluate.accuracy_row(predictions, labels, [torch.tensor([0, 1]), torch.tensor([3, 2])]) == [66.6667, 66.6667]
+
+
+@pytest.mark.parametrize("tasks", [1, 5, 10])
+def test_split(tasks):
+    """The released code's order; parts are disjoint, cover everything, and hold whole classes."""
+    labels = torch.arange(100).repeat(7)[torch.randperm(700)]
+    indices, classes = split(labels, 100, "class", tasks, seed=5)
+    torch.manual_seed(5)
+    assert torch.equal(torch.cat(classes), torch.randperm(100))
+    assert sorted(torch.cat(indices).tolist()) == list(range(700))
+    for part, own in zip(indices, classes):
+        assert set(labels[part].tolist()) == set(own.tolist()) and len(part) == 7 * len(own) == 700 // tasks
+    with pytest.raises(DataError, match="does not divide"):
+        split(labels, 100, "class", 3, seed=5)
+
+
+def test_knn_against_a_loop():
+    torch.manual_seed(0)
+    train, labels, test = torch.randn(50, 8), torch.randint(0, 4, (50,)), torch.randn(20, 8)
+    got = evaluate.knn(train, labels, test, 4, k=7, temperature=0.07, chunk=6)
+    for x, prediction in zip(test, got):
+        cosine = F.cosine_similarity(x[None], train)
+        votes = torch.zeros(4, dtype=torch.float64)
+        for i in cosine.argsort(descending=True)[:7]:
+            votes[labels[i]] += (cosine[i].double() / 0.07).exp()
+        assert prediction == votes.argmax()
+    assert evaluate.knn(train, labels, test, 4, k=200).shape == (20,)
+
+
+def test_linear_probe_against_torch():
+    """The same softmax regression as a plain loop over the same batches."""
+    torch.manual_seed(0)
+    x = torch.randn(600, 5)
+    y = (x @ torch.randn(5, 3)).argmax(1)
+    got = evaluate.linear_probe(x, y, x, 3, lr=0.5, seed=1, epochs=10)
+    w, b = torch.zeros(3, 5, requires_grad=True), torch.zeros(3, requires_grad=True)
+    rng, speed = torch.Generator().manual_seed(1), [torch.zeros(3, 5), torch.zeros(3)]
+    for epoch in range(10):
+        lr = 0.5 * (1 if epoch < 6 else 0.1 if epoch < 8 else 0.01)
+        order = torch.randperm(600, generator=rng)
+        for batch in order.split(256):
+            grads = torch.autograd.grad(F.cross_entropy(x[batch] @ w.T + b, y[batch]), [w, b])
+            with torch.no_grad():
+                for p, g, v in zip((w, b), grads, speed):
+                    p -= lr * v.mul_(0.9).add_(g)
+    expected = (x @ w.T + b).argmax(1)
+    assert (got == expected).float().mean() > 0.99 and (got == y).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("protocol", ["linear", "knn"])
+def test_evaluation_leaves_the_backbone_alone(protocol):
+    """No tensor changes, the mode comes back, and a backbone that does change is caught."""
+    args = arguments(f"--eval {protocol} --probe_lr 0.1")
+    backbone = build_backbone("resnet10", 4, "cifar").train()
+    images, labels = torch.randn(40, 3, 8, 8), torch.arange(40) % 4
+    data = (lambda: images.split(16), labels)
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    predictions = evaluate.classify(args, backbone, data, data, 4)
+    assert predictions.shape == (40,) and backbone.training
+    assert all(torch.equal(before[k], v) for k, v in backbone.state_dict().items())
+
+    def drift():
+        backbone.bn1.running_mean.add_(1)
+        return images.split(16)
+
+    with pytest.raises(AssertionError, match="changed the backbone"):
+        evaluate.classify(args, backbone, (drift, labels), data, 4)

@@ -1,0 +1,150 @@
+"""Backbones, the queue, the twins, and the layouts of checkpoints."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import arguments
+
+import main_cssl
+from losses import METHODS
+from models import BACKBONES, build_backbone
+from models.heads import Queue
+from models.twins import Teacher, ema_update
+from utils import checkpoint
+from utils.distributed import Process
+
+CPU = Process(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
+def test_backbone_is_torchvisions(name):
+    """Same state_dict, strictly, and the same features."""
+    theirs = getattr(torchvision.models, name)()
+    theirs.fc = torch.nn.Identity()
+    ours = build_backbone(name)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+    assert ours.feature_dim == ours(x).shape[1]
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_cifar_stem_and_width(name):
+    backbone = build_backbone(name, width=8, stem="cifar")
+    assert backbone.conv1.weight.shape == (8, 3, 3, 3) and backbone.conv1.stride == (1, 1) and backbone.conv1.padding == (2, 2)
+    assert backbone(torch.randn(2, 3, 16, 16)).shape == (2, 8 * 8 * (4 if name == "resnet50" else 1))
+    assert backbone.layer1(backbone.maxpool(backbone.conv1(torch.randn(1, 3, 32, 32)))).shape[-1] == 34
+
+
+def test_queue_is_first_in_first_out():
+    """Against a plain list, with a batch that does not divide the size, and in place."""
+    queue, size = Queue(7, 3), 7
+    assert torch.allclose(queue.rows.norm(dim=-1), torch.ones(2, 7))
+    memory, place = [list(queue.rows[v].clone()) for v in (0, 1)], queue.rows.data_ptr()
+    for step in range(9):
+        batch = torch.randn(2, 3, 3)
+        queue.enqueue(*batch)
+        for v in (0, 1):
+            memory[v] = memory[v][3:] + list(F.normalize(batch[v], dim=1))
+            oldest_first = queue.rows[v].roll(-int(queue.pointer), dims=0)
+            torch.testing.assert_close(oldest_first, torch.stack(memory[v]))
+        assert int(queue.pointer) == 3 * (step + 1) % size
+    assert queue.rows.data_ptr() == place
+
+
+def test_ema_update():
+    twin, online = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    expected = [0.9 * t.detach() + 0.1 * o.detach() for t, o in zip(twin.parameters(), online.parameters())]
+    ema_update(twin, online, 0.9)
+    for got, want in zip(twin.parameters(), expected):
+        torch.testing.assert_close(got.detach(), want)
+
+
+@pytest.mark.parametrize("bn", ["eval", "batch"])
+def test_teacher_keeps_its_statistics(bn):
+    """Whatever mode is asked of the network around it; eval uses the running statistics and batch does not."""
+    backbone, projector = build_backbone("resnet10", 4, "cifar"), torch.nn.Linear(32, 5)
+    for _ in range(3):
+        backbone(torch.randn(8, 3, 8, 8) * 3 + 1)
+    teacher = Teacher(backbone, projector, bn)
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    x = torch.randn(8, 3, 8, 8)
+    outputs = []
+    for mode in (True, False, True):
+        torch.nn.ModuleList([teacher]).train(mode)
+        outputs.append(teacher(x))
+    backbone.train(bn == "batch")
+    expected = projector(backbone(x))
+    for out in outputs:
+        torch.testing.assert_close(out, expected)
+        assert not out.requires_grad
+    assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
+    student = {f"backbone.{k}" for k in backbone.state_dict()} | {f"projector.{k}" for k in projector.state_dict()}
+    assert before.keys() == student
+
+
+def test_begin_task():
+    """Task 0 has no teacher; later the teacher is the student bit for bit, and gradients go only where they must."""
+    args = arguments("--regularizer pnr --precision fp32")
+    args.stem = "cifar"
+    learner = main_cssl.build_learner(args, CPU)
+    learner.begin_task(0, CPU.device)
+    assert learner.regularizer.teacher is None and learner.regularizer.predictor is None
+    for task in (1, 2):
+        with torch.no_grad():
+            for p in learner.method.parameters():
+                p.add_(0.01 * torch.randn_like(p))
+        learner.begin_task(task, CPU.device)
+        for part in ("backbone", "projector"):
+            student, teacher = (getattr(x, part).state_dict() for x in (learner.method, learner.regularizer.teacher))
+            assert all(torch.equal(student[k], teacher[k]) for k in student)
+    views = torch.randn(2, 32, 3, 8, 8)
+    loss, terms, _, _ = learner(*views)
+    predictor = list(learner.regularizer.predictor.parameters())
+    assert all(g is None for g in torch.autograd.grad(terms["ssl"], predictor, retain_graph=True, allow_unused=True))
+    loss.backward()
+    for name, p in learner.named_parameters():
+        frozen = name.startswith(("method.twin.", "regularizer.teacher."))
+        assert (p.grad is None) == frozen and p.requires_grad == (not frozen), name
+        assert frozen or p.grad.abs().sum() > 0 or "bias" in name, name
+
+
+def build_moco():
+    args = arguments()
+    torch.manual_seed(0)
+    return METHODS["moco"](build_backbone("resnet10", 4, "cifar"), args)
+
+
+@pytest.mark.parametrize("layout", ["solo-learn", "moco", "torchvision"])
+def test_foreign_layouts(layout, tmp_path):
+    """The same network under other projects' names gives the same backbone, projector and twin."""
+    source, method = build_moco(), build_moco()
+    with torch.no_grad():
+        for p in source.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    backbone, projector = source.backbone.state_dict(), source.projector.state_dict()
+    twin_backbone, twin_projector = source.twin["backbone"].state_dict(), source.twin["projector"].state_dict()
+
+    def named(prefix, state):
+        return {prefix + k: v for k, v in state.items()}
+
+    if layout == "solo-learn":
+        state = named("encoder.", backbone) | named("projector.", projector)
+        state |= named("momentum_encoder.", twin_backbone) | named("momentum_projector.", twin_projector)
+        content = {"state_dict": state | {"classifier.weight": torch.ones(10, 32), "queue": torch.ones(2, 16, 64)}, "epoch": 3}
+    elif layout == "moco":
+        state = named("module.encoder_q.", backbone) | named("module.encoder_q.fc.", projector)
+        state |= named("module.encoder_k.", twin_backbone) | named("module.encoder_k.fc.", twin_projector)
+        content = {"state_dict": state | {"module.queue": torch.ones(16, 64)}, "arch": "resnet10"}
+    else:
+        content = dict(backbone) | {"fc.weight": torch.ones(10, 32), "fc.bias": torch.ones(10)}
+    torch.save(content, tmp_path / "foreign.pt")
+    network = checkpoint.read_network(tmp_path / "foreign.pt")
+    assert network["backbone"].keys() == backbone.keys()
+    if layout == "torchvision":
+        return
+    checkpoint.load_method(method, tmp_path / "foreign.pt", "it")
+    for key, value in source.state_dict().items():
+        if not key.startswith("queue."):
+            assert torch.equal(method.state_dict()[key], value), key

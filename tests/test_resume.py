@@ -1,0 +1,159 @@
+"""A run that is killed and started again ends with the same bits as one that was never disturbed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, command
+
+from utils import RunError, checkpoint
+
+RUN = f"{TINY} --num_tasks 2 --regularizer pnr --save_every 1"
+RESULTS = ("metrics.jsonl", "results.json", "task0.pt", "task1.pt")
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in RESULTS[:2]}, {name: torch.load(folder / name) for name in RESULTS[2:]}
+
+
+def same(a, b):
+    """Bit for bit, through dicts and lists."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return a == b
+
+
+def weights(networks):
+    return {name: {part: network[part] for part in ("backbone", "heads")} for name, network in networks.items()}
+
+
+def start(folder):
+    call = [sys.executable, str(ROOT / "main_cssl.py"), *RUN.split(), "--out_dir", str(folder)]
+    return subprocess.Popen(call, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def wait_until(process, reached):
+    """Returns as soon as reached() is true; fails if the process ends first."""
+    for _ in range(60000):
+        if reached():
+            return
+        assert process.poll() is None, f"the run ended too early: {process.stderr.read()}"
+        time.sleep(0.002)
+    raise AssertionError("the run hangs")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert command("main_cssl.py", f"{RUN} --out_dir {folder}").returncode == 0
+    return contents(folder)
+
+
+def counters(folder):
+    """What the newest readable checkpoint says, or None."""
+    for name in (checkpoint.LAST, checkpoint.PREVIOUS):
+        try:
+            return torch.load(folder / name)["counters"]
+        except Exception:  # not there yet, or being replaced
+            continue
+    return None
+
+
+def test_killed_runs_end_the_same(undisturbed, tmp_path):
+    """SIGKILL in the first task, while a checkpoint is being written, after the first task, and twice within PNR's task."""
+    points = [
+        lambda: (c := counters(tmp_path)) and c["global_step"] >= 3,
+        lambda: (c := counters(tmp_path)) and c["global_step"] >= 12 and (tmp_path / "last.pt.tmp").exists(),
+        lambda: (tmp_path / "task0.pt").exists(),
+        lambda: (c := counters(tmp_path)) and c["task"] == 1 and c["step"] >= 2,
+        lambda: (c := counters(tmp_path)) and c["task"] == 1 and c["epoch"] == 1 and c["step"] >= 5,
+    ]
+    for reached in points:
+        process = start(tmp_path)
+        wait_until(process, reached)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start(tmp_path).wait() == 0
+    files, networks = contents(tmp_path)
+    assert files == undisturbed[0]
+    assert same(weights(networks), weights(undisturbed[1]))
+
+
+def test_signals_save_and_leave(undisturbed, tmp_path):
+    """SIGTERM and SIGUSR1 in the middle of an epoch: a message, status 128 + signal, and nothing lost."""
+    for number, step in ((signal.SIGUSR1, 4), (signal.SIGTERM, 20)):
+        process = start(tmp_path)
+        wait_until(process, lambda step=step: (c := counters(tmp_path)) and c["global_step"] >= step)
+        process.send_signal(number)
+        _, message = process.communicate()
+        assert process.returncode == 128 + number
+        assert number.name in message and len(message.splitlines()) == 1
+    assert start(tmp_path).wait() == 0
+    assert contents(tmp_path)[0] == undisturbed[0]
+
+
+def test_damaged_checkpoint_falls_back(undisturbed, tmp_path):
+    """last.pt cut short: a warning, and the one before it is used; the result is the same."""
+    process = start(tmp_path)
+    wait_until(process, lambda: (c := counters(tmp_path)) and c["global_step"] >= 14)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    last = tmp_path / checkpoint.LAST
+    last.write_bytes((tmp_path / checkpoint.PREVIOUS).read_bytes()[:1000])
+    done = command("main_cssl.py", f"{RUN} --out_dir {tmp_path}")
+    assert done.returncode == 0 and "warning: cannot read checkpoint" in done.stderr
+    assert contents(tmp_path)[0] == undisturbed[0]
+
+
+def test_finished_run_is_left_alone(undisturbed, tmp_path, capsys):
+    """A second process is refused while the first holds the folder; another experiment in the folder is refused by name."""
+    process = start(tmp_path)
+    wait_until(process, lambda: (tmp_path / "last.pt").exists())
+    second = command("main_cssl.py", f"{RUN} --out_dir {tmp_path}")
+    assert second.returncode == 2 and "another process" in second.stderr and len(second.stderr.splitlines()) == 1
+    assert process.wait() == 0
+    other = command("main_cssl.py", f"{RUN} --out_dir {tmp_path} --moco_tau 0.3")
+    assert other.returncode == 2 and "--moco_tau 0.2" in other.stderr and len(other.stderr.splitlines()) == 1
+    before = {path: path.read_bytes() for path in tmp_path.glob("task*.pt")}
+    assert command("main_cssl.py", f"{RUN} --out_dir {tmp_path} --log_every 3").returncode == 0
+    assert before == {path: path.read_bytes() for path in tmp_path.glob("task*.pt")}
+    assert contents(tmp_path)[0] == undisturbed[0]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["task"] for row in rows if row["kind"] == "eval"] == [0, 1]
+
+
+def test_save_is_all_or_nothing(tmp_path):
+    """A file-size limit stands for a full disk: one line, and the checkpoint before it still loads."""
+    script = (
+        "import resource, sys, torch; from utils import RunError, checkpoint\n"
+        "path = sys.argv[1]; checkpoint.save(path, {'x': torch.ones(10)})\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try: checkpoint.save(path, {'x': torch.ones(1_000_000)}, path + '.prev')\n"
+        "except RunError as error: print(error); sys.exit(2)\n"
+    )
+    path = tmp_path / "last.pt"
+    done = subprocess.run([sys.executable, "-c", script, str(path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "is intact" in done.stdout and "File too large" in done.stdout, done
+    assert torch.equal(checkpoint.load(path)["x"], torch.ones(10))
+    assert sorted(os.listdir(tmp_path)) == ["last.pt"]
+
+
+def test_no_object_is_unpickled(tmp_path):
+    """A checkpoint that would run code when unpickled is refused, and the code does not run."""
+
+    class Malicious:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    path = tmp_path / "evil.pt"
+    torch.save({"backbone": Malicious(), "heads": {}}, path)
+    with pytest.raises(RunError, match="objects"):
+        checkpoint.read_network(path)
+    assert not (tmp_path / "owned").exists()
