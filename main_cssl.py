@@ -31,6 +31,7 @@ from utils.meter import Clock, Meter, spread
 from utils.optim import LARS, warmup_cosine
 from utils.run import Run, Stopped, StopRequest
 
+OPTIMIZERS = {"lars": LARS, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,6 +59,7 @@ def parse_arguments(argv=None):
     add("--epochs", type="count", default=500, help="per task")
     add("--batch_size", type="count", default=256, help="global, over all processes")
     add("--lr", type="positive", help="per 256 images: the rate used is lr x batch_size / 256 (default: the method's)")
+    add("--optimizer", choices=OPTIMIZERS, help="(default: the method's; lars for all but falcon)")
     add("--weight_decay", type="weight", help="(default: the method's)")
     add("--warmup_epochs", type="index", help="linear warm-up (default: 10, or a fifth of the epochs if that is less)")
     add("--seed", type="index", default=5, help="of everything: class order, weights, sample order, views")
@@ -79,7 +81,7 @@ def parse_arguments(argv=None):
             registry[name].add_arguments(parser.add_argument_group(name))
     args = parser.parse_args(argv)
     method = METHODS[args.method]
-    for name in ("lr", "weight_decay", "probe_lr"):
+    for name in ("optimizer", "lr", "weight_decay", "probe_lr"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(method, name))
     if args.warmup_epochs is None:
@@ -195,6 +197,8 @@ def build_data(args, process):
 
 def build_loaders(args, process, train, indices):
     """One Loader per task."""
+    if args.batch_size < 2:
+        raise RunError("--batch_size 1: batch norms and losses compare the images of a batch; use at least 2")
     if args.batch_size % process.world:
         raise RunError(f"--batch_size {args.batch_size} is that of all processes and does not divide by {process.world}: change it")
     views = [ViewConfig(args.image_size, args.min_scale, *p) for p in zip(args.blur_p, args.solarize_p)]
@@ -212,9 +216,10 @@ def build_learner(args, process):
 
 def build_optimizer(args, learner):
     trained = [p for p in learner.parameters() if p.requires_grad]
-    rate = args.lr * args.batch_size / 256
-    exclude = learner.method.exclude_bias_n_norm
-    return LARS(trained, rate, weight_decay=args.weight_decay, exclude_bias_n_norm=exclude, fused=True)
+    options = {"lr": args.lr * args.batch_size / 256, "weight_decay": args.weight_decay, "fused": True}
+    if args.optimizer == "lars":
+        options["exclude_bias_n_norm"] = learner.method.exclude_bias_n_norm
+    return OPTIMIZERS[args.optimizer](trained, **options)
 
 
 def set_lr(optimizer, lr):

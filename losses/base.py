@@ -13,12 +13,13 @@ from models.twins import ema_tau, ema_update, frozen_copy
 class Outputs:
     """What one network says of a batch; each field is a list with one [N, .] tensor per view, or None.
 
-    z: projections (of the student, or of the teacher, where the equations write f); k: projections of the EMA twin;
-    queue: [2, K, D] unit rows of earlier batches, one set for each view.
+    z: projections (of the student, or of the teacher, where the equations write f); k: projections of the EMA twin; q: what
+    BYOL's own predictor makes of z; queue: [2, K, D] unit rows of earlier batches, one set for each view.
     """
 
     z: list
     k: list | None = None
+    q: list | None = None
     queue: torch.Tensor | None = None
 
     def of_all_ranks(self):
@@ -43,6 +44,7 @@ class Method(nn.Module):
     """
 
     lr, weight_decay, probe_lr = 0.6, 1e-4, 1.0  # the defaults of --lr, --weight_decay and --probe_lr
+    optimizer = "lars"  # the default of --optimizer
     exclude_bias_n_norm = True  # 1-D parameters skip LARS and weight decay
     dim = None  # D, the projector's output dimension
     ema = None  # (base, final) of the EMA twin's tau; None: no twin
@@ -94,6 +96,28 @@ class Method(nn.Module):
             ema_update(self.twin["projector"], self.projector, tau)
 
 
+class NonContrastive(Method):
+    """A method without negatives: PNR's pseudo-negative is the teacher's feature of the other view, kept at a distance.
+
+    A subclass gives distill = lambda_d x mean over views of D(p_v, f_v), repel = mean over views of Dneg(p_v, f_v'), and
+    self.lambda_neg.
+    """
+
+    def repel(self, pred, teacher):
+        """Dneg(p_v, f_v'), v' the other view, mean over views."""
+        raise NotImplementedError
+
+    def align(self, pred, teacher, negatives=None):
+        """distill - lambda_neg x repel; just distill without pseudo-negatives."""
+        attract = self.distill(pred, teacher)
+        return attract if negatives is None else attract - self.lambda_neg * self.repel(pred, teacher)
+
+
+def over_views(distance, a, b):
+    """Mean over the two views of distance(a_v, b_v). a, b: lists with one [N, D] tensor per view."""
+    return (distance(a[0], b[0]) + distance(a[1], b[1])) / 2
+
+
 class Regularizer(nn.Module):
     """What keeps the old tasks. One that needs a teacher overrides all of this; see losses/cassle.py."""
 
@@ -103,6 +127,9 @@ class Regularizer(nn.Module):
 
     def __init__(self, args):
         super().__init__()
+
+    def check(self, method):
+        """Raises MethodError if the flags do not fit the method."""
 
     def begin_task(self, task, method):
         """Before task >= 0: build what the task needs from the network as the previous task left it."""
@@ -126,6 +153,7 @@ class Learner(nn.Module):
 
     def __init__(self, method, regularizer, autocast_dtype=None):
         super().__init__()
+        regularizer.check(method)
         self.method, self.regularizer, self.autocast_dtype = method, regularizer, autocast_dtype
 
     def begin_task(self, task, device):

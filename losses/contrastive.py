@@ -19,6 +19,12 @@ def info_nce(query, positive, negatives, tau):
     return (total - positive).mean()
 
 
+def lse_of_others(a, b, tau):
+    """ln sum_{k != i} e^(a_i.b_k/tau), [M]. a, b: [M, D] unit rows."""
+    itself = torch.eye(len(a), dtype=torch.bool, device=a.device)
+    return (a @ b.T / tau).masked_fill(itself, -torch.inf).logsumexp(dim=1)
+
+
 def contrastive_distillation(pred, target, tau):
     """CaSSLe's 1/2 [D(p, f) + D(f, p)] with D(a, b) = cross-entropy of a_i against all b, its own b_i being the positive.
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from losses.base import MethodError, NonContrastive
 from losses.cassle import CaSSLe
 from models.heads import Queue
 
@@ -24,6 +25,10 @@ class PNR(CaSSLe):
         self.queue = None
         self.in_main = args.pnr_pseudo_negatives in ("both", "main")
         self.in_reg = args.pnr_pseudo_negatives in ("both", "reg")
+
+    def check(self, method):
+        if isinstance(method, NonContrastive) and self.in_main != self.in_reg:
+            raise MethodError("--pnr_pseudo_negatives main and reg are for simclr and moco: use both or none with other methods")
 
     def begin_task(self, task, method):
         super().begin_task(task, method)

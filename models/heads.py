@@ -13,6 +13,14 @@ def mlp(dim_in, hidden, dim_out, norm=False):
     return nn.Sequential(*layers)
 
 
+def deep_mlp(dim_in, hidden, dim_out):
+    """The three-layer projector with BN of VICReg and Barlow Twins: twice Linear-BN-ReLU, then Linear."""
+    layers = []
+    for dim in (dim_in, hidden):
+        layers += [nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Linear(hidden, dim_out))
+
+
 class Queue(nn.Module):
     """First in, first out: one ring of unit rows for each of the two views, in buffers that are allocated once.
 

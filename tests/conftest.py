@@ -10,15 +10,28 @@ import torch
 import main_cssl
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = (
-    "--backbone resnet10 --width 4 --image_size 8 --batch_size 32 --epochs 2 --moco_queue_size 64 --moco_hidden 32 --moco_dim 16 "
-    "--log_every 3 --eval knn --device cpu"
-)
+BASE = "--backbone resnet10 --width 4 --image_size 8 --batch_size 32 --epochs 2 --log_every 3 --eval knn --device cpu"
+SMALL = {
+    "moco": "--moco_queue_size 64 --moco_hidden 32 --moco_dim 16",
+    "simclr": "--simclr_hidden 32 --simclr_dim 16",
+    "byol": "--byol_hidden 32 --byol_dim 16 --byol_predictor_hidden 32",
+    "vicreg": "--vicreg_hidden 32 --vicreg_dim 16",
+    "barlow": "--barlow_hidden 32 --barlow_dim 16",
+    "falcon": "--falcon_dim 32 --falcon_codes 64",
+}
 
 
-def arguments(extra="", tiny=TINY):
+def tiny(method):
+    """Flags of a tiny run on digits with that method."""
+    return f"{BASE} --method {method} {SMALL[method]}"
+
+
+TINY = tiny("moco")
+
+
+def arguments(extra="", method="moco"):
     """Parsed flags of a tiny run on digits, and whatever `extra` adds or overrides."""
-    return main_cssl.parse_arguments(f"{tiny} {extra}".split())
+    return main_cssl.parse_arguments(f"{tiny(method)} {extra}".split())
 
 
 def command(script, flags, **options):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import TINY, command
+from conftest import TINY, command, tiny
 
 import main_cssl
 import main_linear
@@ -14,9 +14,9 @@ from utils.compare import compare
 
 FLAGS = """
 --dataset --data_dir --download --cache_dir --scenario --num_tasks --image_size --min_scale --blur_p --solarize_p --method
---regularizer --backbone --width --stem --init_from --epochs --batch_size --lr --weight_decay --warmup_epochs --seed --device
---precision --compile --eval --probe_lr --out_dir --save_every --log_every --moco_hidden --moco_dim --moco_queue_size --moco_tau
---moco_tau_distill --moco_ema --predictor_hidden --teacher_bn --pnr_pseudo_negatives
+--regularizer --backbone --width --stem --init_from --epochs --batch_size --optimizer --lr --weight_decay --warmup_epochs --seed
+--device --precision --compile --eval --probe_lr --out_dir --save_every --log_every --moco_hidden --moco_dim --moco_queue_size
+--moco_tau --moco_tau_distill --moco_ema --predictor_hidden --teacher_bn --pnr_pseudo_negatives
 """.split()
 
 
@@ -83,7 +83,7 @@ def test_tensorboard(folder):
 def test_every_combination(method, regularizer, tmp_path):
     """Two tasks train, and the same command gives the same bits."""
     for name in ("a", "b"):
-        run(f"{TINY} --num_tasks 2 --method {method} --regularizer {regularizer} --epochs 1 --out_dir {tmp_path / name}")
+        run(f"{tiny(method)} --num_tasks 2 --regularizer {regularizer} --epochs 1 --out_dir {tmp_path / name}")
     assert (tmp_path / "a" / "metrics.jsonl").read_text() == (tmp_path / "b" / "metrics.jsonl").read_text()
     assert networks_equal(tmp_path / "a" / "task1.pt", tmp_path / "b" / "task1.pt")
 

@@ -39,6 +39,7 @@ class LARS(torch.optim.SGD):
 
 def warmup_cosine(epoch, base_lr, epochs, warmup=10, start_lr=0.003, min_lr=0.0):
     """The learning rate of an epoch: linear from start_lr to base_lr in `warmup` epochs, then cosine to min_lr at `epochs`."""
+    start_lr = min(start_lr, base_lr)
     if epoch < warmup:
         return start_lr + epoch * (base_lr - start_lr) / max(warmup - 1, 1)
     return min_lr + (base_lr - min_lr) * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup))) / 2

@@ -1,0 +1,51 @@
+"""Barlow Twins (Zbontar et al., ICML 2021), and its CaSSLe and PNR terms (PNR, ICML 2024)."""
+
+import torch.nn.functional as F
+
+from losses.base import NonContrastive, over_views
+from models.heads import deep_mlp
+
+
+def barlow_loss(a, b, lambda_off, scale):
+    """scale [sum_i (C_ii - 1)^2 + lambda_off sum_{i != j} C_ij^2], C the cross-correlation of a and b, [N, D] each."""
+    a, b = (F.batch_norm(x, None, None, training=True, eps=1e-5) for x in (a, b))
+    correlation = a.T @ b / len(a)  # D x D
+    diagonal = correlation.diagonal()
+    off_diagonal = correlation.square().sum() - diagonal.square().sum()
+    return scale * ((diagonal - 1).square().sum() + lambda_off * off_diagonal)
+
+
+def negative_cosine(a, b):
+    return -F.cosine_similarity(a, b, dim=1).mean()
+
+
+class BarlowTwins(NonContrastive):
+    """The cross-correlation of the two views' projections is drawn to the identity."""
+
+    lr, weight_decay, probe_lr = 0.4, 1e-4, 0.1
+
+    @staticmethod
+    def add_arguments(parser):
+        parser.add_argument("--barlow_hidden", type="count", default=2048, help="hidden width of the projector")
+        parser.add_argument("--barlow_dim", type="count", default=2048, help="output dimension of the projector")
+        parser.add_argument("--barlow_lambda", type="weight", default=5e-3, help="weight of the off-diagonal entries")
+        parser.add_argument("--barlow_scale_loss", type="positive", default=0.1, help="factor of the whole loss")
+        parser.add_argument("--barlow_lambda_neg", type="weight", default=1.0, help="weight of PNR's pseudo-negatives")
+
+    def __init__(self, backbone, args):
+        super().__init__(backbone)
+        self.dim, self.lambda_neg = args.barlow_dim, args.barlow_lambda_neg
+        self.lambda_off, self.scale = args.barlow_lambda, args.barlow_scale_loss
+        self.projector = deep_mlp(backbone.feature_dim, args.barlow_hidden, self.dim)
+
+    def loss(self, a, b):
+        return barlow_loss(a, b, self.lambda_off, self.scale)
+
+    def ssl(self, out, negatives=None):
+        return self.loss(*out.z)
+
+    def distill(self, pred, teacher):
+        return over_views(self.loss, pred.z, teacher.z)
+
+    def repel(self, pred, teacher):
+        return over_views(negative_cosine, pred.z, teacher.z[::-1])
