@@ -26,8 +26,9 @@ from models import BACKBONES, build_backbone
 from models.twins import ema_tau
 from utils import RunError, checkpoint, distributed, evaluate
 from utils.arguments import Parser
+from utils.collapse import health, plot_spectrum, spread
 from utils.log import Progress
-from utils.meter import Clock, Meter, spread
+from utils.meter import Clock, Meter
 from utils.optim import LARS, warmup_cosine
 from utils.run import Run, Stopped, StopRequest
 
@@ -122,7 +123,7 @@ def main(args):
 
     if not run.resumed:
         if args.eval != "none":
-            run.random_row = accuracies(args, method.backbone, train, test, classes)
+            run.random_row = accuracies(args, frozen_features(args, method.backbone, train, test), train, test, classes)
         if args.init_from:
             checkpoint.load_method(method, args.init_from, f"--backbone {args.backbone} --width {args.width} --stem {args.stem}")
 
@@ -172,8 +173,9 @@ def main(args):
         if run.finished == task:  # otherwise the run was interrupted after this evaluation
             save_network(run, method)
             if args.eval != "none":
-                run.matrix.append(accuracies(args, method.backbone, train, test, classes))
-                publish(args, run)
+                features = frozen_features(args, method.backbone, train, test)
+                run.matrix.append(accuracies(args, features, train, test, classes))
+                publish(args, run, *health(features[1], method.codes(features[1])))
             run.finished += 1
             run.save(**parts)
         run.task, run.epoch, run.step = task + 1, 0, 0
@@ -239,10 +241,16 @@ def wrap(learner, process, compiled):
     return DistributedDataParallel(learner, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def accuracies(args, backbone, train, test, classes):
-    """One row of a[k][t]: the backbone's accuracy on each task, by the protocol args.eval."""
-    sets = [(lambda s=s: plain_batches(s.images, args.image_size, s.mean, s.std), s.labels) for s in (train, test)]
-    predictions = evaluate.classify(args, backbone, *sets, len(train.classes), PRECISIONS[args.precision])
+def frozen_features(args, backbone, *sets):
+    """Features float32 [N, F] of each ImageSet, without augmentation."""
+    batches = [plain_batches(s.images, args.image_size, s.mean, s.std) for s in sets]
+    return [evaluate.extract(backbone, b, PRECISIONS[args.precision]) for b in batches]
+
+
+def accuracies(args, features, train, test, classes):
+    """One row of a[k][t] from the features of both sets: the accuracy on each task, by the protocol args.eval."""
+    train_x, test_x = features
+    predictions = evaluate.classify(args, train_x, train.labels, test_x, len(train.classes))
     return evaluate.accuracy_row(predictions, test.labels, classes)
 
 
@@ -256,9 +264,12 @@ def save_network(run, method):
         checkpoint.save(run.folder / f"task{run.task}.pt", network)
 
 
-def publish(args, run):
+def publish(args, run, monitors, spectrum):
+    """The matrix so far, and the collapse monitors of the test features, in the logs and in the run folder."""
     protocol = evaluate.protocol_name(args.eval, args.probe_lr)
-    run.publish(evaluate.summary(run.matrix, args.num_tasks, protocol, run.random_row), f"{args.method} + {args.regularizer}")
+    block = evaluate.summary(run.matrix, args.num_tasks, protocol, run.random_row)
+    run.publish(block, monitors, f"{args.method} + {args.regularizer}")
+    run.log.figure("collapse/spectrum", plot_spectrum(spectrum), run.global_step)
 
 
 def print_settings(args, process, train, loaders, learner, run):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from main_cssl import PRECISIONS, accuracies, add_data_arguments, build_data, report_errors
+from main_cssl import PRECISIONS, accuracies, add_data_arguments, build_data, frozen_features, report_errors
 from models import BACKBONES, build_backbone
 from utils import RunError, checkpoint, distributed, evaluate
 from utils.arguments import Parser
@@ -91,11 +91,15 @@ def main(args):
     protocol = evaluate.protocol_name(args.eval, args.probe_lr)
     if args.label_fraction < 1:
         protocol += f"; {100 * args.label_fraction:g} % of the labels"
-    random_row = accuracies(args, backbone, train, test, classes) if args.run else None
+
+    def row():
+        return accuracies(args, frozen_features(args, backbone, train, test), train, test, classes)
+
+    random_row = row() if args.run else None
     matrix = []
     for path in networks:
         checkpoint.load_strictly(backbone, checkpoint.read_network(path)["backbone"], path, what)
-        matrix.append(accuracies(args, backbone, train, test, classes))
+        matrix.append(row())
         mean = sum(matrix[-1]) / len(matrix[-1])
         print(f"{path}: {mean:.2f} % (per task: {', '.join(f'{a:.2f}' for a in matrix[-1])})", flush=True)
     print(protocol)

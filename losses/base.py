@@ -76,6 +76,9 @@ class Method(nn.Module):
         """What the regulariser's predictor g gets to see."""
         return z
 
+    def codes(self, h):
+        """(int64 [N], number of codes) of backbone features [N, F], for the collapse monitors; None where there are no codes."""
+
     def ssl(self, out, negatives=None):
         """The SSL loss. Contrastive methods put the pseudo-negatives of `negatives`, the teacher's Outputs, in its denominator."""
         raise NotImplementedError

@@ -64,9 +64,13 @@ class FALCON(NonContrastive):
         """a = tanh(z) W / T: [N, f] -> [N, c]."""
         return z.tanh() @ self.dictionary / self.temperature
 
+    @torch.no_grad()
     def codes(self, h):
-        """The code of each backbone feature, int64 [N]; for evaluation."""
-        return torch.cat([self.logits(self.projector(part)).argmax(dim=1) for part in h.split(256)])
+        training = self.projector.training
+        self.projector.eval()
+        codes = torch.cat([self.logits(self.projector(part)).argmax(dim=1) for part in h.split(256)])
+        self.projector.train(training)
+        return codes, self.dictionary.shape[1]
 
     def ssl(self, out, negatives=None):
         return falcon_loss(self.logits(out.z[0]), self.logits(out.z[1]), self.beta, self.prior)

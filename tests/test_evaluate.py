@@ -9,6 +9,7 @@ from data import DataError
 from data.scenarios import split
 from models import build_backbone
 from utils import evaluate
+from utils.collapse import health
 
 MATRIX = [[80.0, 20.0, 30.0], [70.0, 90.0, 40.0], [60.0, 85.0, 95.0]]
 
@@ -85,21 +86,43 @@ def test_linear_probe_against_torch():
     assert (got == expected).float().mean() > 0.99 and (got == y).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("protocol", ["linear", "knn"])
-def test_evaluation_leaves_the_backbone_alone(protocol):
+def test_evaluation_leaves_the_backbone_alone():
     """No tensor changes, the mode comes back, and a backbone that does change is caught."""
-    args = arguments(f"--eval {protocol} --probe_lr 0.1")
     backbone = build_backbone("resnet10", 4, "cifar").train()
-    images, labels = torch.randn(40, 3, 8, 8), torch.arange(40) % 4
-    data = (lambda: images.split(16), labels)
+    images = torch.randn(40, 3, 8, 8)
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
-    predictions = evaluate.classify(args, backbone, data, data, 4)
-    assert predictions.shape == (40,) and backbone.training
+    features = evaluate.extract(backbone, images.split(16))
+    assert features.shape == (40, 32) and backbone.training
+    torch.testing.assert_close(features, backbone.eval()(images))
     assert all(torch.equal(before[k], v) for k, v in backbone.state_dict().items())
 
     def drift():
-        backbone.bn1.running_mean.add_(1)
-        return images.split(16)
+        for part in images.split(16):
+            backbone.bn1.running_mean.add_(1)
+            yield part
 
     with pytest.raises(AssertionError, match="changed the backbone"):
-        evaluate.classify(args, backbone, (drift, labels), data, 4)
+        evaluate.extract(backbone, drift())
+
+
+@pytest.mark.parametrize("protocol", ["linear", "knn"])
+def test_classify_learns_separable_classes(protocol):
+    torch.manual_seed(0)
+    y = torch.arange(400) % 4
+    x = F.one_hot(y, 4) + 0.1 * torch.randn(400, 4)
+    predictions = evaluate.classify(arguments(f"--eval {protocol} --probe_lr 0.5"), x[:300], y[:300], x[300:], 4)
+    assert torch.equal(predictions, y[300:])
+
+
+def test_collapse_monitors():
+    """Each falls to its floor when its collapse is there, and reads high when it is not."""
+    torch.manual_seed(0)
+    x, even = torch.randn(2000, 8), torch.arange(2000) % 10
+    good, values = health(x, (even, 10))
+    assert good["feature_std"] > 0.95 and good["effective_rank"] > 7.9 and good["code_entropy"] > 0.999
+    assert good["intracluster_variance"] > 0.95
+    torch.testing.assert_close(values.float(), torch.linalg.svdvals(x - x.mean(0)), rtol=1e-4, atol=1e-4)
+    assert health(x * 0.01 + 1)[0]["feature_std"] < 0.05
+    assert health(x[:, :2] @ torch.randn(2, 8))[0]["effective_rank"] < 2.01
+    assert health(x, (torch.zeros(2000, dtype=torch.long), 10))[0]["code_entropy"] == 0
+    assert health(torch.randn(10, 8)[even], (even, 10))[0]["intracluster_variance"] < 1e-6

@@ -12,14 +12,18 @@ KNN_K, KNN_TEMPERATURE = 200, 0.07
 
 @torch.no_grad()
 def extract(backbone, batches, autocast_dtype=None):
-    """Features float32 [N, F] of all batches (images [n, 3, S, S]), with running statistics; the backbone's mode is restored."""
-    training = backbone.training
+    """Features float32 [N, F] of all batches (images [n, 3, S, S]), with running statistics.
+
+    The backbone's mode is restored. Raises AssertionError if one of its tensors changed, running statistics included.
+    """
+    before, training = {k: v.clone() for k, v in backbone.state_dict().items()}, backbone.training
     backbone.eval()
     features = []
     for images in batches:
         with torch.autocast(images.device.type, autocast_dtype, enabled=autocast_dtype is not None):
             features.append(backbone(images).float())
     backbone.train(training)
+    assert all(torch.equal(before[k], v) for k, v in backbone.state_dict().items()), "evaluation changed the backbone"
     return torch.cat(features)
 
 
@@ -73,21 +77,11 @@ def protocol_name(protocol, probe_lr):
     return f"k-NN: cosine, k {KNN_K} or all if fewer, temperature {KNN_TEMPERATURE}; all classes, frozen features"
 
 
-def classify(args, backbone, train, test, num_classes, autocast_dtype=None):
-    """Predictions for the test set from frozen features, by the protocol args.eval, with args.probe_lr and args.seed.
-
-    train, test: (function that yields batches of images, labels on the device). Raises AssertionError if a tensor of the
-    backbone changed, running statistics included.
-    """
-    before = {k: v.clone() for k, v in backbone.state_dict().items()}
-    (train_batches, train_y), (test_batches, _) = train, test
-    train_x, test_x = extract(backbone, train_batches(), autocast_dtype), extract(backbone, test_batches(), autocast_dtype)
+def classify(args, train_x, train_y, test_x, num_classes):
+    """Predictions int64 [M] for test_x from train_x, train_y, by the protocol args.eval with args.probe_lr and args.seed."""
     if args.eval == "linear":
-        predictions = linear_probe(train_x, train_y, test_x, num_classes, args.probe_lr, args.seed)
-    else:
-        predictions = knn(train_x, train_y, test_x, num_classes)
-    assert all(torch.equal(before[k], v) for k, v in backbone.state_dict().items()), "evaluation changed the backbone"
-    return predictions
+        return linear_probe(train_x, train_y, test_x, num_classes, args.probe_lr, args.seed)
+    return knn(train_x, train_y, test_x, num_classes)
 
 
 def accuracy_row(predictions, labels, task_classes):

@@ -3,7 +3,6 @@
 import time
 
 import torch
-import torch.nn.functional as F
 
 
 class Meter:
@@ -49,6 +48,7 @@ class Clock:
 
     def __init__(self):
         self.start, self.waited, self.images = time.monotonic(), 0.0, 0
+        self.reading = {"images_per_second": 0.0, "data_wait_share": 0.0}
 
     def watch(self, batches, batch_size):
         """Yields the batches and counts the time until each was there."""
@@ -63,15 +63,10 @@ class Clock:
             yield batch
 
     def read(self):
-        """Of the time since the last reading."""
-        elapsed = max(time.monotonic() - self.start, 1e-9)
-        values = {"images_per_second": self.images / elapsed, "data_wait_share": self.waited / elapsed}
-        self.__init__()
-        return values
-
-
-def spread(z):
-    """Collapse monitor: sqrt(D) x the standard deviation of unit-length features, mean over dimensions; 1 if spread out, 0 if
-    all are equal. z: [N, D]. Source: Chen and He, SimSiam (CVPR 2021)."""
-    z = z.detach()
-    return float(F.normalize(z, dim=1).std(dim=0).mean() * z.shape[1] ** 0.5)
+        """Of the time since the last reading; that reading again if there was no batch in between."""
+        if self.images:
+            now = time.monotonic()
+            elapsed = max(now - self.start, 1e-9)
+            self.reading = {"images_per_second": self.images / elapsed, "data_wait_share": self.waited / elapsed}
+            self.start, self.waited, self.images = now, 0.0, 0
+        return self.reading

@@ -152,14 +152,13 @@ class Run:
         self.last_save = time.monotonic()
         self.seconds_saving += self.last_save - before
 
-    def publish(self, block, title):
+    def publish(self, block, monitors, title):
         """After an evaluation: its row in the logs, results.json, the matrix as accuracy_matrix.png and in TensorBoard."""
         if not self.main:
             return
         scores = {name: block[name] for name in ("average_accuracy", "forgetting", "forward_transfer", "plasticity")}
-        self.log.metrics(
-            "eval", self.global_step, {**scores, "row": block["matrix"][-1]}, task=self.task, protocol=block["protocol"]
-        )
+        values = {**scores, **monitors, "row": block["matrix"][-1]}
+        self.log.metrics("eval", self.global_step, values, task=self.task, protocol=block["protocol"])
         figure = plot_matrix(block["matrix"], f"{title}\n{block['protocol'].split(':')[0]}, A = {scores['average_accuracy']:.2f} %")
         self.log.figure("accuracy_matrix", figure, self.global_step)
         figure.savefig(self.folder / "accuracy_matrix.png")
