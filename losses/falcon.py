@@ -62,7 +62,7 @@ class FALCON(NonContrastive):
 
     def logits(self, z):
         """a = tanh(z) W / T: [N, f] -> [N, c]."""
-        return z.tanh() @ self.dictionary / self.temperature
+        return (z.tanh() / self.temperature) @ self.dictionary
 
     @torch.no_grad()
     def codes(self, h):

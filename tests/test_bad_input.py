@@ -10,6 +10,7 @@ from PIL import Image
 
 import main_cssl
 import main_linear
+from data.datasets import load_dataset
 from main_cssl import report_errors
 
 
@@ -180,3 +181,27 @@ def test_cache(folders, tmp_path, capsys):
     assert "--cache_dir" in capsys.readouterr().err
     assert torch.equal(load_folder(folders / "train", tmp_path / "elsewhere")[0], changed)
     assert len(list((tmp_path / "elsewhere").iterdir())) == 1
+
+
+def test_torchvision_layout(tmp_path, capsys, monkeypatch):
+    """Its files are read as they are, and are refused where a checksum is not the known one: nothing foreign is unpickled."""
+    import pickle
+
+    from torchvision.datasets import CIFAR100
+
+    rng, place = np.random.default_rng(0), tmp_path / "cifar-100-python"
+    place.mkdir()
+    names = [f"class{i}" for i in range(100)]
+    pixels = rng.integers(0, 256, (200, 3072), dtype=np.uint8)
+    for split in ("train", "test"):
+        (place / split).write_bytes(pickle.dumps({"data": pixels, "fine_labels": [i % 100 for i in range(200)]}))
+    (place / "meta").write_bytes(pickle.dumps({"fine_label_names": names}))
+    flags = f"{TINY} --dataset cifar100 --data_dir {tmp_path} --num_tasks 5"
+    fails(capsys, flags, "no CIFAR100 in", "--download")
+    monkeypatch.setattr(CIFAR100, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: True)
+    train, test = load_dataset(main_cssl.parse_arguments(flags.split()))
+    assert (
+        train.classes == names and train.images.shape == (200, 3, 32, 32) and test.labels.tolist() == [i % 100 for i in range(200)]
+    )
+    assert torch.equal(train.images[7], torch.from_numpy(pixels[7].reshape(3, 32, 32)))
