@@ -1,5 +1,7 @@
 """What the tests share: tiny settings, and the command line run in this process or in one of its own."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 import main_cssl
 
 ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 BASE = "--backbone resnet10 --width 4 --image_size 8 --batch_size 32 --epochs 2 --log_every 3 --eval knn --device cpu"
 SMALL = {
     "moco": "--moco_queue_size 64 --moco_hidden 32 --moco_dim 16",
@@ -37,10 +40,18 @@ def arguments(extra="", method="moco"):
 def command(script, flags, **options):
     """Runs a script of the project in a process of its own; flags is one string."""
     call = [sys.executable, *([script] if script == "-m" else [str(ROOT / script)]), *flags.split()]
-    return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=240, **options)
+    return subprocess.run(call, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, **options)
+
+
+def run(flags, script=main_cssl):
+    """Runs the script's main in this process; its exit status. Flags are one string."""
+    return main_cssl.report_errors(lambda: script.main(script.parse_arguments(flags.split())), "program")
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """Small tensors: more threads only get in each other's way, and two test runs at once stay fast."""
+def _as_found():
+    """One thread, here and in ENVIRONMENT, so that all processes of a test compute the same bits; and pytest's Ctrl-C back."""
     torch.set_num_threads(1)
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)

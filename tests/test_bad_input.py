@@ -5,23 +5,18 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, run
 from PIL import Image
 
 import main_cssl
 import main_linear
 from data.datasets import load_dataset
-from main_cssl import report_errors
 
 
 def fails(capsys, flags, *words, script=main_cssl):
     """Runs the script in this process; it must fail with status 2 and one line that holds all the words."""
-
-    def run():
-        script.main(script.parse_arguments(flags.split()))
-
     try:
-        status = report_errors(run, "program")
+        status = run(flags, script)
     except SystemExit as ended:  # from argparse
         status = ended.code
     error = capsys.readouterr().err.strip().splitlines()
@@ -51,7 +46,7 @@ def small(data, out, extra=""):
 
 def test_good_folders_train(folders, tmp_path, capsys):
     """The input that the other tests spoil is good."""
-    assert report_errors(lambda: main_cssl.main(main_cssl.parse_arguments(small(folders, tmp_path / "run").split())), "p") == 0
+    assert run(small(folders, tmp_path / "run")) == 0
     assert (tmp_path / "run" / "results.json").exists()
 
 
@@ -118,7 +113,7 @@ def test_no_cuda(tmp_path, capsys):
 
 def test_checkpoint_of_another_architecture(tmp_path, capsys):
     flags = f"{TINY} --num_tasks 1 --epochs 1 --eval none --out_dir {tmp_path / 'one'}"
-    assert report_errors(lambda: main_cssl.main(main_cssl.parse_arguments(flags.split())), "p") == 0
+    assert run(flags) == 0
     file = tmp_path / "one" / "task0.pt"
     fails(
         capsys,
@@ -155,7 +150,7 @@ def test_diverged_run_names_step_task_and_checkpoint(tmp_path, capsys, monkeypat
     flags = f"{TINY} --num_tasks 2 --out_dir {tmp_path / 'run'} --log_every 10"
     fails(capsys, flags, "not finite at step 49", "task 1", str(tmp_path / "run" / "last.pt"))
     monkeypatch.undo()
-    assert report_errors(lambda: main_cssl.main(main_cssl.parse_arguments(flags.split())), "p") == 0
+    assert run(flags) == 0
 
 
 def test_cache(folders, tmp_path, capsys):

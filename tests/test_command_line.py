@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import TINY, command, tiny
+from conftest import TINY, command, run, tiny
 
 import main_cssl
 import main_linear
@@ -20,10 +20,6 @@ FLAGS = """
 """.split()
 
 
-def run(flags, script=main_cssl):
-    assert main_cssl.report_errors(lambda: script.main(script.parse_arguments(flags.split())), "p") == 0
-
-
 def networks_equal(a, b):
     a, b = torch.load(a), torch.load(b)
     return all(torch.equal(a[part][k], b[part][k]) for part in ("backbone", "heads") for k in a[part])
@@ -33,7 +29,7 @@ def networks_equal(a, b):
 def folder(tmp_path_factory):
     """A finished fine-tuning run of two tasks."""
     place = tmp_path_factory.mktemp("runs") / "finetune"
-    run(f"{TINY} --num_tasks 2 --regularizer finetune --out_dir {place}")
+    assert run(f"{TINY} --num_tasks 2 --regularizer finetune --out_dir {place}") == 0
     return place
 
 
@@ -83,19 +79,19 @@ def test_tensorboard(folder):
 def test_every_combination(method, regularizer, tmp_path):
     """Two tasks train, and the same command gives the same bits."""
     for name in ("a", "b"):
-        run(f"{tiny(method)} --num_tasks 2 --regularizer {regularizer} --epochs 1 --out_dir {tmp_path / name}")
+        assert run(f"{tiny(method)} --num_tasks 2 --regularizer {regularizer} --epochs 1 --out_dir {tmp_path / name}") == 0
     assert (tmp_path / "a" / "metrics.jsonl").read_text() == (tmp_path / "b" / "metrics.jsonl").read_text()
     assert networks_equal(tmp_path / "a" / "task1.pt", tmp_path / "b" / "task1.pt")
 
 
 def test_seed_changes_the_run(folder, tmp_path):
-    run(f"{TINY} --num_tasks 2 --regularizer finetune --seed 6 --out_dir {tmp_path}")
+    assert run(f"{TINY} --num_tasks 2 --regularizer finetune --seed 6 --out_dir {tmp_path}") == 0
     assert not networks_equal(folder / "task0.pt", tmp_path / "task0.pt")
 
 
 def test_init_from_goes_on_like_the_run_itself(folder, tmp_path):
     """From its own task0.pt a run repeats the rest of itself, bit for bit."""
-    run(f"{TINY} --num_tasks 2 --regularizer finetune --init_from {folder / 'task0.pt'} --out_dir {tmp_path}")
+    assert run(f"{TINY} --num_tasks 2 --regularizer finetune --init_from {folder / 'task0.pt'} --out_dir {tmp_path}") == 0
     assert networks_equal(folder / "task1.pt", tmp_path / "task1.pt")
     assert (folder / "results.json").read_text() == (tmp_path / "results.json").read_text()
 
@@ -106,7 +102,7 @@ def test_pseudo_negatives_change_the_loss(folder, tmp_path, case):
     for flag in ("both", case):
         out = tmp_path / flag
         start = f"{TINY} --num_tasks 2 --epochs 1 --init_from {folder / 'task0.pt'} --eval none"
-        run(f"{start} --pnr_pseudo_negatives {flag} --out_dir {out}")
+        assert run(f"{start} --pnr_pseudo_negatives {flag} --out_dir {out}") == 0
         first = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
         losses.append((first["ssl"], first["align"]))
     (ssl, align), (other_ssl, other_align) = losses
@@ -117,16 +113,16 @@ def test_pseudo_negatives_change_the_loss(folder, tmp_path, case):
 def test_main_linear(folder, capsys):
     """The training run's protocol gives the training run's numbers; another one stands under its own name beside them."""
     before = json.loads((folder / "results.json").read_text())
-    run(f"--run {folder} --protocol knn", script=main_linear)
-    run(f"--run {folder} --protocol linear --probe_lr 0.5", script=main_linear)
-    run(f"--run {folder} --protocol knn --label_fraction 0.1", script=main_linear)
+    assert run(f"--run {folder} --protocol knn", script=main_linear) == 0
+    assert run(f"--run {folder} --protocol linear --probe_lr 0.5", script=main_linear) == 0
+    assert run(f"--run {folder} --protocol knn --label_fraction 0.1", script=main_linear) == 0
     after = json.loads((folder / "results.json").read_text())
     assert after["knn"] == before
     assert {k: after[k] for k in before} == before
     assert "lr 0.5" in after["linear"]["protocol"] and "10 % of the labels" in after["knn_0.1"]["protocol"]
     assert after["knn_0.1"]["matrix"] != after["knn"]["matrix"] != after["linear"]["matrix"]
     capsys.readouterr()
-    run(f"--checkpoint {folder / 'task1.pt'} --protocol knn", script=main_linear)
+    assert run(f"--checkpoint {folder / 'task1.pt'} --protocol knn", script=main_linear) == 0
     assert ", ".join(f"{a:.2f}" for a in before["matrix"][1]) in capsys.readouterr().out
 
 
@@ -136,7 +132,7 @@ def test_compare(folder):
 
 
 def test_bf16_trains(tmp_path):
-    run(f"{TINY} --num_tasks 2 --epochs 1 --precision bf16 --out_dir {tmp_path}")
+    assert run(f"{TINY} --num_tasks 2 --epochs 1 --precision bf16 --out_dir {tmp_path}") == 0
     assert torch.load(tmp_path / "task1.pt")["backbone"]["conv1.weight"].dtype == torch.float32
 
 
@@ -149,7 +145,7 @@ def test_torchrun(tmp_path):
     flags = f"{TINY} --num_tasks 2 --epochs 1 --lr 0.01"
     done = command("-m", f"torch.distributed.run --standalone --nproc_per_node 2 main_cssl.py {flags} --out_dir {tmp_path / 'two'}")
     assert done.returncode == 0, done.stderr
-    run(f"{flags} --out_dir {tmp_path / 'one'}")
+    assert run(f"{flags} --out_dir {tmp_path / 'one'}") == 0
     one, two = (torch.load(tmp_path / name / "task1.pt") for name in ("one", "two"))
     for key, value in one["backbone"].items():
         torch.testing.assert_close(two["backbone"][key], value, rtol=1e-2, atol=1e-3)

@@ -5,9 +5,8 @@ import sys
 import types
 
 import pytest
-from conftest import BASE, ROOT
+from conftest import BASE, ROOT, run
 
-import main_cssl
 from losses import METHODS, REGULARIZERS
 
 README = (ROOT / "README.md").read_text()
@@ -22,7 +21,7 @@ def test_new_method(regularizer, tmp_path, monkeypatch):
     exec(compile(code, "losses/simsiam.py", "exec"), vars(module))
     monkeypatch.setitem(METHODS, "simsiam", module.SimSiam)
     flags = f"{BASE} --method simsiam --simsiam_dim 32 --regularizer {regularizer} --num_tasks 2 --epochs 1 --out_dir {tmp_path}"
-    assert main_cssl.report_errors(lambda: main_cssl.main(main_cssl.parse_arguments(flags.split())), "p") == 0
+    assert run(flags) == 0
     assert (tmp_path / "task1.pt").exists()
 
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, command
+from conftest import ENVIRONMENT, ROOT, TINY, run
 
 from utils import RunError, checkpoint
 
@@ -36,7 +36,7 @@ def weights(networks):
 
 def start(folder):
     call = [sys.executable, str(ROOT / "main_cssl.py"), *RUN.split(), "--out_dir", str(folder)]
-    return subprocess.Popen(call, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(call, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def wait_until(process, reached):
@@ -52,7 +52,8 @@ def wait_until(process, reached):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert command("main_cssl.py", f"{RUN} --out_dir {folder}").returncode == 0
+    torch.set_num_threads(1)
+    assert run(f"{RUN} --out_dir {folder}") == 0
     return contents(folder)
 
 
@@ -80,7 +81,7 @@ def test_killed_runs_end_the_same(undisturbed, tmp_path):
         wait_until(process, reached)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert start(tmp_path).wait() == 0
+    assert run(f"{RUN} --out_dir {tmp_path}") == 0
     files, networks = contents(tmp_path)
     assert files == undisturbed[0]
     assert same(weights(networks), weights(undisturbed[1]))
@@ -95,11 +96,11 @@ def test_signals_save_and_leave(undisturbed, tmp_path):
         _, message = process.communicate()
         assert process.returncode == 128 + number
         assert number.name in message and len(message.splitlines()) == 1
-    assert start(tmp_path).wait() == 0
+    assert run(f"{RUN} --out_dir {tmp_path}") == 0
     assert contents(tmp_path)[0] == undisturbed[0]
 
 
-def test_damaged_checkpoint_falls_back(undisturbed, tmp_path):
+def test_damaged_checkpoint_falls_back(undisturbed, tmp_path, capsys):
     """last.pt cut short: a warning, and the one before it is used; the result is the same."""
     process = start(tmp_path)
     wait_until(process, lambda: (c := counters(tmp_path)) and c["global_step"] >= 14)
@@ -107,22 +108,24 @@ def test_damaged_checkpoint_falls_back(undisturbed, tmp_path):
     process.wait()
     last = tmp_path / checkpoint.LAST
     last.write_bytes((tmp_path / checkpoint.PREVIOUS).read_bytes()[:1000])
-    done = command("main_cssl.py", f"{RUN} --out_dir {tmp_path}")
-    assert done.returncode == 0 and "warning: cannot read checkpoint" in done.stderr
+    assert run(f"{RUN} --out_dir {tmp_path}") == 0
+    assert "warning: cannot read checkpoint" in capsys.readouterr().err
     assert contents(tmp_path)[0] == undisturbed[0]
 
 
-def test_finished_run_is_left_alone(undisturbed, tmp_path, capsys):
+def test_folder_belongs_to_one_process_and_one_experiment(undisturbed, tmp_path, capsys):
     """A second process is refused while the first holds the folder; another experiment in the folder is refused by name."""
     process = start(tmp_path)
     wait_until(process, lambda: (tmp_path / "last.pt").exists())
-    second = command("main_cssl.py", f"{RUN} --out_dir {tmp_path}")
-    assert second.returncode == 2 and "another process" in second.stderr and len(second.stderr.splitlines()) == 1
+    assert run(f"{RUN} --out_dir {tmp_path}") == 2
+    error = capsys.readouterr().err
+    assert "another process" in error and len(error.splitlines()) == 1
     assert process.wait() == 0
-    other = command("main_cssl.py", f"{RUN} --out_dir {tmp_path} --moco_tau 0.3")
-    assert other.returncode == 2 and "--moco_tau 0.2" in other.stderr and len(other.stderr.splitlines()) == 1
+    assert run(f"{RUN} --out_dir {tmp_path} --moco_tau 0.3") == 2
+    error = capsys.readouterr().err
+    assert "--moco_tau 0.2" in error and len(error.splitlines()) == 1
     before = {path: path.read_bytes() for path in tmp_path.glob("task*.pt")}
-    assert command("main_cssl.py", f"{RUN} --out_dir {tmp_path} --log_every 3").returncode == 0
+    assert run(f"{RUN} --out_dir {tmp_path} --save_every 2") == 0
     assert before == {path: path.read_bytes() for path in tmp_path.glob("task*.pt")}
     assert contents(tmp_path)[0] == undisturbed[0]
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
