@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, run
+from conftest import BASE, TINY, run
 from PIL import Image
 
 import main_cssl
@@ -100,10 +100,16 @@ def test_different_classes(folders, tmp_path, capsys):
         ("--mocoqueue 3", ["unrecognized arguments: --mocoqueue"]),
         ("--regularizer finetune --teacher_bn eval", ["unrecognized arguments: --teacher_bn"]),
         ("--init_from nothing.pt", ["nothing.pt"]),
+        ("--batch_size 1", ["--batch_size 1", "at least 2"]),
+        ("--method byol --moco_tau 0.2", ["unrecognized arguments"]),
+        ("--method byol --pnr_pseudo_negatives main", ["--pnr_pseudo_negatives", "both or none"]),
+        ("--method falcon --falcon_codes 1", ["--falcon_codes 1"]),
+        ("--cassle_weight -1 --regularizer cassle", ["--cassle_weight", "a number from 0"]),
     ],
 )
 def test_bad_flags(tmp_path, capsys, flags, words):
-    fails(capsys, f"{TINY} --out_dir {tmp_path / 'run'} {flags}", *words)
+    base = BASE if "--method" in flags else TINY
+    fails(capsys, f"{base} --out_dir {tmp_path / 'run'} {flags}", *words)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -1,5 +1,6 @@
 """What scripts and users rely on: the flags, the run folder, and that one command gives one result."""
 
+import gc
 import json
 
 import pytest
@@ -11,6 +12,7 @@ import main_linear
 from losses import METHODS, REGULARIZERS
 from utils.arguments import interval
 from utils.compare import compare
+from utils.run import Run
 
 FLAGS = """
 --dataset --data_dir --download --cache_dir --scenario --num_tasks --image_size --min_scale --blur_p --solarize_p --method
@@ -74,12 +76,30 @@ def test_tensorboard(folder):
     assert {"views", "accuracy_matrix"} <= set(tags["images"])
 
 
+class Crash(Exception):
+    """Stands for a process that ends at once."""
+
+
 @pytest.mark.parametrize("regularizer", REGULARIZERS)
 @pytest.mark.parametrize("method", METHODS)
-def test_every_combination(method, regularizer, tmp_path):
-    """Two tasks train, and the same command gives the same bits."""
-    for name in ("a", "b"):
-        assert run(f"{tiny(method)} --num_tasks 2 --regularizer {regularizer} --epochs 1 --out_dir {tmp_path / name}") == 0
+def test_every_combination(method, regularizer, tmp_path, monkeypatch):
+    """Two tasks train, and a run that crashes in the middle of the second one ends with the same bits as one that does not."""
+    flags = f"{tiny(method)} --num_tasks 2 --regularizer {regularizer} --epochs 1 --save_every 2"
+    assert run(f"{flags} --out_dir {tmp_path / 'a'}") == 0
+
+    def save_and_crash(self, **parts):
+        save(self, **parts)
+        if self.task == 1:
+            raise Crash
+
+    save = Run.save
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(Run, "save", save_and_crash)
+        run(f"{flags} --out_dir {tmp_path / 'b'}")
+    gc.collect()  # the crashed run's lock
+    saved = torch.load(tmp_path / "b" / "last.pt")["counters"]
+    assert saved["task"] == 1 and 0 < saved["step"] < saved["global_step"]
+    assert run(f"{flags} --out_dir {tmp_path / 'b'}") == 0
     assert (tmp_path / "a" / "metrics.jsonl").read_text() == (tmp_path / "b" / "metrics.jsonl").read_text()
     assert networks_equal(tmp_path / "a" / "task1.pt", tmp_path / "b" / "task1.pt")
 
