@@ -8,8 +8,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source utils/python.sh requirements.txt
 OUT=${OUT:-runs/quickstart}
 
-SETTINGS=(--dataset digits --num_tasks 5 --image_size 16 --backbone resnet10 --width 16 --epochs 30 --batch_size 64
-          --method moco --moco_queue_size 256)
+SETTINGS=(--dataset digits --num_tasks 5 --image_size 16 --backbone resnet10 --width 16 --epochs 25 --batch_size 64
+          --method moco --moco_queue_size 256 --moco_ema 0.999 0.999)
 
 "$PYTHON" main_cssl.py "${SETTINGS[@]}" --regularizer finetune --out_dir "$OUT/finetune" "$@"
 "$PYTHON" main_cssl.py "${SETTINGS[@]}" --regularizer pnr --init_from "$OUT/finetune/task0.pt" --out_dir "$OUT/pnr" "$@"

@@ -55,7 +55,8 @@ class Log:
             return
         shape = (1, 3, 1, 1)
         mean, std = (views[0].new_tensor(s).view(shape) for s in (mean, std))
-        grid = make_grid(torch.stack([v[:count] for v in views]).flatten(0, 1), nrow=count)
+        rows = torch.stack([v[:count] for v in views])  # 2 x count images
+        grid = make_grid(rows.flatten(0, 1), nrow=rows.shape[1])
         self.writer.add_image("views", (grid * std[0] + mean[0]).clamp(0, 1), step)
 
     def figure(self, name, figure, step):
