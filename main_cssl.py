@@ -9,7 +9,10 @@ The same command again resumes a run. run_cifar100.sh holds the paper's settings
 flags of X and Y.
 """
 
+import copy
 import sys
+import warnings
+import zlib
 
 import torch
 from torch.amp import GradScaler
@@ -22,7 +25,7 @@ from data.loader import Loader, generator, plain_batches
 from data.scenarios import SCENARIOS, split
 from losses import METHODS, REGULARIZERS
 from losses.base import Learner, MethodError
-from models import BACKBONES, build_backbone
+from models import BACKBONES, STEMS, build_backbone
 from models.twins import ema_tau
 from utils import RunError, checkpoint, distributed, evaluate
 from utils.arguments import Parser
@@ -53,7 +56,7 @@ def parse_arguments(argv=None):
     add("--regularizer", choices=REGULARIZERS, default="pnr", help="what keeps the old tasks")
     add("--backbone", choices=BACKBONES, default="resnet18")
     add("--width", type="count", default=64, help="base channels; 16 teaches and tests quickly")
-    add("--stem", choices=("auto", "cifar", "imagenet"), default="auto", help="first layers; auto: cifar up to 64 pixels")
+    add("--stem", choices=("auto", *STEMS), default="auto", help="first layers; auto: cifar up to 64 pixels")
     add("--init_from", metavar="CKPT", help="a task0.pt (or a released checkpoint): skip training task 0 and start from it")
 
     add = parser.add_argument_group("training").add_argument
@@ -108,7 +111,11 @@ def main(args):
     loaders = build_loaders(args, process, train, indices)
     learner = build_learner(args, process)
     method, device = learner.method, process.device
-    run = Run(vars(args), classes, process)
+    names = f"--method {args.method} --backbone {args.backbone} --width {args.width} --stem {args.stem}"
+    if args.init_from and not checkpoint.exists(args.out_dir):
+        initial = copy.deepcopy(method)
+        checkpoint.load_method(initial, args.init_from, names, [c.tolist() for c in classes])
+    run = Run(vars(args), {"classes": [c.tolist() for c in classes], "digest": train.digest}, process)
     clock = Clock()
     if process.main:
         print_settings(args, process, train, loaders, learner, run)
@@ -121,11 +128,10 @@ def main(args):
         run.log.scalars("speed", run.global_step, speed := clock.read())
         progress.say(values["loss"], lr, speed["images_per_second"])
 
-    if not run.resumed:
-        if args.eval != "none":
-            run.random_row = accuracies(args, frozen_features(args, method.backbone, train, test), train, test, classes)
-        if args.init_from:
-            checkpoint.load_method(method, args.init_from, f"--backbone {args.backbone} --width {args.width} --stem {args.stem}")
+    if args.eval != "none" and not run.matrix and run.random_row is None:
+        run.random_row = accuracies(args, frozen_features(args, method.backbone, train, test), train, test, classes)
+    if args.init_from and not run.resumed:
+        method.load_state_dict(initial.state_dict())
 
     for task in range(run.task, args.num_tasks):
         loader, epochs = loaders[task], 0 if task == 0 and args.init_from else args.epochs
@@ -136,6 +142,7 @@ def main(args):
         parts = {"learner": learner, "optimizer": optimizer, "scaler": scaler, "meter": meter}
         run.restore(**parts)
         model = wrap(learner, process, args.compile)
+        clock.restart()
         progress = Progress(task, args.num_tasks, epochs, loader.steps, run.epoch * loader.steps + run.step, process.main)
 
         with stop.deferred():
@@ -192,6 +199,7 @@ def build_data(args, process):
         args.stem = "cifar" if args.image_size <= 64 else "imagenet"
     args.precision = args.precision or ("bf16" if process.device.type == "cuda" else "fp32")
     indices, classes = split(train.labels, len(train.classes), args.scenario, args.num_tasks, args.seed)
+    train.digest = zlib.crc32(train.images.numpy(), zlib.crc32(train.labels.numpy()))
     for images in (train, test):
         images.images, images.labels = images.images.to(process.device), images.labels.to(process.device)
     return train, test, indices, classes
@@ -237,8 +245,10 @@ def wrap(learner, process, compiled):
     if process.world == 1:
         return learner
     ids = [process.device.index] if process.device.type == "cuda" else None
-    # buffers (queues, running statistics) are the same on every rank by construction
-    return DistributedDataParallel(learner, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch rename broadcast_buffers
+        # buffers (queues, running statistics) are the same on every rank by construction
+        return DistributedDataParallel(learner, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def frozen_features(args, backbone, *sets):
@@ -260,7 +270,7 @@ def save_network(run, method):
     backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
     heads = {k: v for k, v in state.items() if not k.startswith("backbone.")}
     if run.main:
-        network = {"backbone": backbone, "heads": heads, "config": run.arguments, "task": run.task, "classes": run.classes}
+        network = {"backbone": backbone, "heads": heads, "config": run.arguments, "task": run.task, "classes": run.data["classes"]}
         checkpoint.save(run.folder / f"task{run.task}.pt", network)
 
 
@@ -306,6 +316,14 @@ def report_errors(function, name):
     except (DataError, MethodError, RunError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            print(
+                f"{name}: error: out of memory: lower --batch_size, --image_size, --width or the size of queue or heads",
+                file=sys.stderr,
+            )
+            return 2
+        raise
     return 0
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
+from data.datasets import DATASETS
 from main_cssl import PRECISIONS, accuracies, add_data_arguments, build_data, frozen_features, report_errors
-from models import BACKBONES, build_backbone
+from models import BACKBONES, STEMS, build_backbone
 from utils import RunError, checkpoint, distributed, evaluate
 from utils.arguments import Parser
 from utils.run import read_config, write_results
@@ -45,16 +46,14 @@ def parse_arguments(argv=None):
     add("--run", metavar="DIR", help="a run folder of main_cssl.py")
     add("--checkpoint", metavar="FILE", help="a taskN.pt, or a checkpoint of PNR, CaSSLe, solo-learn, MoCo or torchvision")
     add("--protocol", dest="eval", choices=("linear", "knn"), default="linear", help="knn is quick, linear is what papers report")
-    add(
-        "--label_fraction", type="fraction", default=1.0, help="share of each class's labels that the classifier sees, such as 0.01"
-    )
+    add("--label_fraction", type="share", default=1.0, help="share of each class's labels that the classifier sees, such as 0.01")
     add("--probe_lr", type="positive", help="of the linear probe (default: the run's, or 1); lower it if the probe diverges")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add_data_arguments(parser)
     add = parser.add_argument_group("what the run does not say, or is to be overridden").add_argument
     add("--backbone", choices=BACKBONES)
     add("--width", type="count", help="base channels")
-    add("--stem", choices=("auto", "cifar", "imagenet"))
+    add("--stem", choices=("auto", *STEMS))
     add("--image_size", type="count", help="side in pixels (default: that of the images)")
     add("--num_tasks", type="count", help="tasks to tell apart in the numbers")
     add("--seed", type="index", help="of the classes' order and of the probe's sample order")
@@ -69,8 +68,13 @@ def parse_arguments(argv=None):
 def main(args):
     process = distributed.start(args.device)
     if args.run:
-        networks = sorted(Path(args.run).glob("task*.pt"), key=lambda path: int(path.stem[4:]))
-        config = read_config(args.run)["arguments"]
+        config = read_config(args.run)
+        for name in ("dataset", "num_tasks", "seed", "backbone", "width", "stem", "image_size"):
+            if getattr(args, name) not in (None, config.get(name)):
+                raise RunError(f"--{name} {getattr(args, name)} is not that of {args.run}, {config.get(name)}: leave it out")
+        networks = []
+        while (path := Path(args.run) / f"task{len(networks)}.pt").exists():
+            networks.append(path)
     else:
         networks = [Path(args.checkpoint)]
         config = checkpoint.read_network(args.checkpoint)["config"] or {}
@@ -79,8 +83,8 @@ def main(args):
     for name, default in DEFAULTS.items():
         if getattr(args, name, None) is None:
             setattr(args, name, config.get(name, default))
-    if args.dataset is None:
-        raise RunError(f"{args.checkpoint} does not say what it was trained on: pass --dataset and --data_dir")
+    if args.dataset not in DATASETS or args.backbone not in BACKBONES:
+        raise RunError(f"{networks[0]} does not say what it was trained on: pass --dataset, --data_dir and --backbone")
 
     train, test, _, classes = build_data(args, process)
     keep_labels(train, args.label_fraction, args.seed)

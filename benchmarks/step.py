@@ -7,6 +7,7 @@ Takes every flag of main_cssl.py that shapes a step. The parts are timed one aft
 the images/s of the regulariser and of fine-tuning are of undisturbed steps, a few of each in turn, medians of all rounds.
 """
 
+import copy
 import statistics
 import sys
 import time
@@ -19,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main_cssl
 from data.augment import ViewConfig
 from data.loader import Loader
-from losses.base import Outputs
 from utils import distributed
 
 ROUNDS, STEPS = 7, 4
@@ -39,12 +39,8 @@ def seconds(device, function):
 class Trial:
     """A learner in its second task, with its optimizer and endless views of random images."""
 
-    def __init__(self, flags, process):
-        args = main_cssl.parse_arguments(flags)
-        args.image_size, self.device = args.image_size or 32, process.device
-        args.stem = "cifar" if args.image_size <= 64 else "imagenet"
-        args.precision = args.precision or ("bf16" if self.device.type == "cuda" else "fp32")
-        self.args, self.learner = args, main_cssl.build_learner(args, process)
+    def __init__(self, args, process):
+        self.args, self.device, self.learner = args, process.device, main_cssl.build_learner(args, process)
         self.learner.begin_task(1, self.device)
         self.optimizer = main_cssl.build_optimizer(args, self.learner)
         self.model = main_cssl.wrap(self.learner, process, args.compile)
@@ -78,10 +74,11 @@ class Trial:
                 return function()
 
         views = timed("data", lambda: next(self.views))
-        z = timed("forward student", lambda: cast(lambda: [method.projector(method.backbone(v)) for v in views]))
-        k = timed("forward momentum", lambda: cast(lambda: method.momentum_outputs(views)))
+        momentum, _ = seconds(self.device, lambda: cast(lambda: method.momentum_outputs(views)))
+        out = timed("forward student", lambda: cast(lambda: method(views))).of_all_ranks()
+        times["forward student"] -= momentum
+        times["forward momentum"] = momentum
         old = timed("forward teacher", lambda: cast(lambda: regularizer.teach(views)))
-        out = Outputs(z=z, k=k, queue=method.queue.rows).of_all_ranks()
         pred = timed("forward predictor", lambda: cast(lambda: regularizer.predict(method, out)))
         old, pred = (None if o is None else o.of_all_ranks() for o in (old, pred))
         loss = timed("loss", lambda: sum(regularizer.losses(method, out, pred, old).values()))
@@ -92,13 +89,18 @@ class Trial:
 
 def main(flags):
     process = distributed.start("auto")
-    trial, plain = Trial(flags, process), Trial([*flags, "--regularizer", "finetune"], process)
-    args = trial.args
+    args = main_cssl.parse_arguments(flags)
+    args.image_size = args.image_size or 32
+    args.stem = "cifar" if args.image_size <= 64 else "imagenet"
+    args.precision = args.precision or ("bf16" if process.device.type == "cuda" else "fp32")
+    baseline = copy.copy(args)
+    baseline.regularizer = "finetune"
+    trial, plain = Trial(args, process), Trial(baseline, process)
     rows = [trial.parts() for _ in range(ROUNDS + 2)][2:]
     device = torch.cuda.get_device_name() if process.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     compiled = ", compiled" if args.compile else ""
     print(f"{args.method} + {args.regularizer}, {args.backbone} width {args.width}, {args.image_size} px, batch {args.batch_size}")
-    print(f"queue {args.moco_queue_size}, {args.precision}{compiled}, {device}, torch {torch.__version__}")
+    print(f"{args.precision}{compiled}, {device}, torch {torch.__version__}")
     for name in rows[0]:
         print(f"{name:24s} {1e3 * statistics.median(row[name] for row in rows):9.2f} ms")
     times = {trial: [], plain: []}

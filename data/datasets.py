@@ -19,7 +19,7 @@ class ImageSet:
     """Images of one size, in memory.
 
     images: uint8 [N, 3, H, W]; labels: int64 [N], an index into classes, -1 for none; mean, std: per channel, of images in [0, 1];
-    domains: int64 [N], or None where all images come from one.
+    domains: int64 [N], or None where all images come from one; digest: a checksum of images and labels, once known.
     """
 
     images: torch.Tensor
@@ -28,6 +28,7 @@ class ImageSet:
     mean: tuple
     std: tuple
     domains: torch.Tensor | None = None
+    digest: int = 0
 
 
 def digits(split, args):

@@ -1,5 +1,6 @@
 """Class folders of small images, decoded once and kept as one uint8 array file."""
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -43,7 +44,7 @@ def list_images(root):
         raise DataError(f"{root} holds no class folders: expected {root}/<class>/<image>.png or .jpg")
     paths, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(p for p in (root / name).iterdir() if p.suffix.lower() in SUFFIXES)
+        found = sorted(p for p in (root / name).iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
         if not found:
             raise DataError(f"class folder {root / name} holds no PNG or JPEG images: add some or remove the folder")
         paths += found
@@ -77,6 +78,10 @@ def _decode(paths, description):
 def _read(path):
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits, which convert would clip at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if "transparency" in image.info:
+                image = image.convert("RGBA")
             return np.asarray(image.convert("RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot decode {path} ({type(error).__name__}): replace or remove it") from error
@@ -104,7 +109,7 @@ def _read_cache(cache, digest):
     try:
         with np.load(cache, allow_pickle=False) as saved:
             return saved["images"] if str(saved["digest"]) == digest else None
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         print(f"warning: cache {cache} is damaged ({type(error).__name__}) and is made again", file=sys.stderr)
@@ -122,4 +127,5 @@ def _write_cache(cache, images, digest):
     except OSError as error:
         print(f"warning: cannot write {cache} ({error.strerror}): decoding again next time; --cache_dir names another place",
               file=sys.stderr)  # fmt: skip
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()

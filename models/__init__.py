@@ -1,5 +1,5 @@
 """Networks: backbones, heads, the queue, frozen copies, and what makes several ranks compute as one."""
 
-from models.resnet import BACKBONES, build_backbone
+from models.resnet import BACKBONES, STEMS, build_backbone
 
-__all__ = ["BACKBONES", "build_backbone"]
+__all__ = ["BACKBONES", "STEMS", "build_backbone"]

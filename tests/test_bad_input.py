@@ -11,6 +11,7 @@ from PIL import Image
 import main_cssl
 import main_linear
 from data.datasets import load_dataset
+from data.decode import load_folder
 
 
 def fails(capsys, flags, *words, script=main_cssl):
@@ -71,6 +72,19 @@ def test_undecodable_image(folders, tmp_path, capsys, spoil):
     fails(capsys, small(folders, tmp_path / "run"), "cannot decode", str(path))
 
 
+def test_odd_images_are_read(folders):
+    """Palette with transparency, grey, 16-bit grey and RGBA images become RGB; hidden files are passed over."""
+    place = folders / "train" / "ant"
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8)
+    Image.fromarray(ramp.astype(np.uint16)).save(place / "0.png")
+    Image.fromarray((ramp // 256).astype(np.uint8)).save(place / "1.png")
+    Image.new("P", (8, 8), 3).save(place / "2.png", transparency=b"\x00\x10")
+    Image.new("RGBA", (8, 8), (9, 8, 7, 100)).save(place / "3.png")
+    (place / "._0.png").write_bytes(b"metadata")
+    images = load_folder(folders / "train")[0]
+    assert len(images) == 8 and torch.equal(images[0], images[1]) and images[3, :, 0, 0].tolist() == [9, 8, 7]
+
+
 def test_image_of_another_size(folders, tmp_path, capsys):
     Image.new("RGB", (9, 8)).save(folders / "test" / "bee" / "2.png")
     fails(capsys, small(folders, tmp_path / "run"), str(folders / "test" / "bee" / "2.png"), "9x8")
@@ -100,6 +114,8 @@ def test_different_classes(folders, tmp_path, capsys):
         ("--mocoqueue 3", ["unrecognized arguments: --mocoqueue"]),
         ("--regularizer finetune --teacher_bn eval", ["unrecognized arguments: --teacher_bn"]),
         ("--init_from nothing.pt", ["nothing.pt"]),
+        ("--method", ["--method", "expected one argument"]),
+        ("--seed 99999999999999999999", ["--seed", "a whole number"]),
         ("--batch_size 1", ["--batch_size 1", "at least 2"]),
         ("--method byol --moco_tau 0.2", ["unrecognized arguments"]),
         ("--method byol --pnr_pseudo_negatives main", ["--pnr_pseudo_negatives", "both or none"]),
@@ -161,8 +177,6 @@ def test_diverged_run_names_step_task_and_checkpoint(tmp_path, capsys, monkeypat
 
 def test_cache(folders, tmp_path, capsys):
     """Decoded once; a stale, truncated or damaged cache is made again; one that cannot be written is done without."""
-    from data.decode import load_folder
-
     first = load_folder(folders / "train")[0]
     cache = folders / ".train_uint8.npz"
     written = cache.stat().st_mtime_ns

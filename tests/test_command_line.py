@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import TINY, command, run, tiny
 import main_cssl
 import main_linear
 from losses import METHODS, REGULARIZERS
+from utils import RunError
 from utils.arguments import interval
 from utils.compare import compare
 from utils.run import Run
@@ -169,3 +171,64 @@ def test_torchrun(tmp_path):
     one, two = (torch.load(tmp_path / name / "task1.pt") for name in ("one", "two"))
     for key, value in one["backbone"].items():
         torch.testing.assert_close(two["backbone"][key], value, rtol=1e-2, atol=1e-3)
+
+
+def test_rerun_keeps_tensorboard(tmp_path):
+    """A second start of a finished run, and a resumed one, lose no point of what was logged."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def steps():
+        events = EventAccumulator(str(tmp_path))
+        events.Reload()
+        return [[event.step for event in events.Scalars(tag)] for tag in ("eval/average_accuracy", "epoch/loss")]
+
+    flags = f"{TINY} --num_tasks 2 --epochs 1 --out_dir {tmp_path}"
+    assert run(flags) == 0
+    before = steps()
+    assert len(before[0]) == 2 and run(flags) == 0 and steps() == before
+
+
+def test_main_linear_refuses_what_is_not_the_runs(folder, tmp_path, capsys):
+    assert run(f"--run {folder} --protocol knn --num_tasks 10", main_linear) == 2
+    assert "--num_tasks 10" in capsys.readouterr().err
+    shutil.copytree(folder, tmp_path / "gap")
+    (tmp_path / "gap" / "task0.pt").unlink()
+    assert run(f"--run {tmp_path / 'gap'} --protocol knn", main_linear) == 2
+
+
+def test_resume_needs_the_same_data_and_init_from_the_same_task(folder, tmp_path, capsys):
+    assert run(f"{TINY} --num_tasks 2 --seed 6 --init_from {folder / 'task0.pt'} --out_dir {tmp_path}") == 2
+    assert run(f"{TINY} --num_tasks 2 --init_from {folder / 'task1.pt'} --out_dir {tmp_path}") == 2
+    assert capsys.readouterr().err.count("first task") == 2 and not any(tmp_path.iterdir())
+    shutil.copytree(folder, tmp_path / "other")
+    state = torch.load(tmp_path / "other" / "last.pt")
+    state["data"]["digest"] += 1
+    torch.save(state, tmp_path / "other" / "last.pt")
+    assert run(f"{TINY} --num_tasks 2 --regularizer finetune --out_dir {tmp_path / 'other'}") == 2
+    assert "other data" in capsys.readouterr().err
+    for name in ("last.pt", "last.prev.pt"):
+        (tmp_path / "other" / name).unlink()
+    assert run(f"{TINY} --num_tasks 2 --regularizer finetune --out_dir {tmp_path / 'other'}") == 2
+    assert "holds networks of a run but no last.pt" in capsys.readouterr().err
+
+
+def test_a_diverged_probe_can_be_mended(tmp_path, capsys):
+    """The protocol may change while the matrix is empty; the networks are not lost."""
+    flags = f"{TINY} --num_tasks 1 --epochs 1 --eval linear --out_dir {tmp_path}"
+    linear_probe = main_cssl.evaluate.linear_probe
+    calls = []
+
+    def diverges(*args, **options):
+        calls.append(0)
+        if len(calls) == 2:
+            raise RunError("the linear probe diverged")
+        return linear_probe(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main_cssl.evaluate, "linear_probe", diverges)
+        assert run(flags) == 2
+    gc.collect()
+    assert run(f"{flags} --probe_lr 0.1") == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert "lr 0.1" in results["protocol"] and len(results["matrix"]) == 1
+    assert run(f"{flags} --probe_lr 0.2") == 2

@@ -125,4 +125,6 @@ def test_collapse_monitors():
     assert health(x * 0.01 + 1)[0]["feature_std"] < 0.05
     assert health(x[:, :2] @ torch.randn(2, 8))[0]["effective_rank"] < 2.01
     assert health(x, (torch.zeros(2000, dtype=torch.long), 10))[0]["code_entropy"] == 0
+    dead, _ = health(torch.ones(50, 8), (torch.zeros(50, dtype=torch.long), 10))
+    assert dead == {"feature_std": 0, "effective_rank": 1, "code_entropy": 0, "intracluster_variance": 0}
     assert health(torch.randn(10, 8)[even], (even, 10))[0]["intracluster_variance"] < 1e-6

@@ -119,6 +119,23 @@ def test_lars(golden, exclude):
     torch.testing.assert_close(b.detach(), golden[f"lars_b3_excl{exclude:d}"], rtol=RTOL, atol=0)
 
 
+def test_lars_outlives_a_skipped_step():
+    """Where GradScaler skips an optimiser's first step, the next one starts from zero momentum."""
+    results = []
+    for skipped in (0, 1):
+        w = torch.nn.Parameter(torch.ones(3, 3))
+        optimizer = LARS([w], lr=0.1, fused=True)
+        scaler = torch.amp.GradScaler("cpu")
+        for factor in [float("inf")] * skipped + [1.0, 2.0]:
+            scaler.scale((factor * w).sum()).backward()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        results.append(w.detach().clone())
+    torch.testing.assert_close(*results)
+
+
 def test_schedules(golden):
     lrs = torch.tensor([warmup_cosine(epoch, 0.6, 40) for epoch in range(40)], dtype=torch.float64)
     torch.testing.assert_close(lrs, golden["warmup_cosine_lr"], rtol=RTOL, atol=0)

@@ -107,7 +107,7 @@ def build_moco():
     return METHODS["moco"](build_backbone("resnet10", 4, "cifar"), args)
 
 
-@pytest.mark.parametrize("layout", ["solo-learn", "moco", "torchvision"])
+@pytest.mark.parametrize("layout", ["cassle", "solo-learn", "moco", "torchvision"])
 def test_foreign_layouts(layout, tmp_path):
     """The same network under other projects' names gives the same backbone, projector and twin."""
     source, method = build_moco(), build_moco()
@@ -120,9 +120,10 @@ def test_foreign_layouts(layout, tmp_path):
     def named(prefix, state):
         return {prefix + k: v for k, v in state.items()}
 
-    if layout == "solo-learn":
-        state = named("encoder.", backbone) | named("projector.", projector)
-        state |= named("momentum_encoder.", twin_backbone) | named("momentum_projector.", twin_projector)
+    if layout in ("cassle", "solo-learn"):
+        part = "encoder" if layout == "cassle" else "backbone"
+        state = named(f"{part}.", backbone) | named("projector.", projector)
+        state |= named(f"momentum_{part}.", twin_backbone) | named("momentum_projector.", twin_projector)
         content = {"state_dict": state | {"classifier.weight": torch.ones(10, 32), "queue": torch.ones(2, 16, 64)}, "epoch": 3}
     elif layout == "moco":
         state = named("module.encoder_q.", backbone) | named("module.encoder_q.fc.", projector)
@@ -135,7 +136,7 @@ def test_foreign_layouts(layout, tmp_path):
     assert network["backbone"].keys() == backbone.keys()
     if layout == "torchvision":
         return
-    checkpoint.load_method(method, tmp_path / "foreign.pt", "it")
+    checkpoint.load_method(method, tmp_path / "foreign.pt", "it", [[0, 1]])
     for key, value in source.state_dict().items():
         if not key.startswith("queue."):
             assert torch.equal(method.state_dict()[key], value), key

@@ -12,23 +12,24 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line and exit status 2, and which refuses abbreviated flags.
 
     Flags may name their type as a string: "count" (an integer from 1), "index" (an integer from 0), "positive", "weight" (a
-    number from 0), "fraction" (0 to 1), "interval" (steps, or a time such as 90s, 10m, 1h).
+    number from 0), "fraction" (0 to 1), "share" (the same without 0), "interval" (steps, or a time such as 90s, 10m, 1h).
     """
 
     def __init__(self, description):
         summary, _, examples = description.partition("\n\n")
         super().__init__(description=summary, epilog=examples, allow_abbrev=False, formatter_class=Formatter)
-        self.register("type", "count", _number(int, 1, math.inf, "a whole number from 1"))
-        self.register("type", "index", _number(int, 0, math.inf, "a whole number from 0"))
-        self.register("type", "positive", _number(float, math.ulp(0.0), 1e30, "a number above 0"))
-        self.register("type", "weight", _number(float, 0, 1e30, "a number from 0"))
+        self.register("type", "count", _number(int, 1, 10**9, "a whole number from 1"))
+        self.register("type", "index", _number(int, 0, 2**62, "a whole number from 0"))
+        self.register("type", "positive", _number(float, math.ulp(0.0), 1e6, "a number above 0"))
+        self.register("type", "weight", _number(float, 0, 1e6, "a number from 0 to a million"))
         self.register("type", "fraction", _number(float, 0, 1, "a number from 0 to 1"))
+        self.register("type", "share", _number(float, math.ulp(0.0), 1, "a number above 0, at most 1"))
         self.register("type", "interval", interval)
 
     def peek(self, argv, *flags):
         """The values that argv gives these flags, or else their defaults, before the whole is parsed."""
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        names = [first.add_argument(flag, default=self.get_default(flag.lstrip("-"))).dest for flag in flags]
+        names = [first.add_argument(flag, nargs="?", default=self.get_default(flag.lstrip("-"))).dest for flag in flags]
         known = vars(first.parse_known_args(argv)[0])
         return [known[name] for name in names]
 

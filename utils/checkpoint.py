@@ -24,6 +24,12 @@ LAYOUTS = {
         "momentum_encoder.": "twin.backbone.",
         "momentum_projector.": "twin.projector.",
     },
+    "backbone.": {
+        "backbone.": "backbone.",
+        "projector.": "projector.",
+        "momentum_backbone.": "twin.backbone.",
+        "momentum_projector.": "twin.projector.",
+    },
     "": {"": "backbone."},
 }
 LAST, PREVIOUS = "last.pt", "last.prev.pt"
@@ -77,8 +83,13 @@ def load(path):
     except FileNotFoundError as error:
         raise RunError(f"no checkpoint {path}") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         raise RunError(f"cannot read checkpoint {path}: it is damaged or no checkpoint ({reason})") from error
+
+
+def exists(folder):
+    """Whether a run folder holds a state to resume from."""
+    return any((Path(folder) / name).exists() for name in (LAST, PREVIOUS))
 
 
 def load_last(folder):
@@ -86,7 +97,10 @@ def load_last(folder):
     found = [Path(folder) / name for name in (LAST, PREVIOUS) if (Path(folder) / name).exists()]
     for path in found:
         try:
-            return load(path)
+            state = load(path)
+            if not isinstance(state, dict) or "counters" not in state:
+                raise RunError(f"cannot read checkpoint {path}: it is not the state of a run")
+            return state
         except RunError as error:
             print(f"warning: {error}; going back to the one before it", file=sys.stderr)
     if found:
@@ -102,13 +116,14 @@ def read_network(path):
     that wrote it, or None).
     """
     content = load(path)
-    if isinstance(content, dict) and "backbone" in content and "heads" in content:
-        return content
+    if isinstance(content, dict) and all(isinstance(content.get(k), dict) for k in ("backbone", "heads")):
+        config = content.get("config")
+        return {**content, "config": config if isinstance(config, dict) else None}
     if isinstance(content, dict):
         content = next((content[k] for k in ("state_dict", "model") if isinstance(content.get(k), dict)), content)
     if not isinstance(content, dict) or not any(torch.is_tensor(v) for v in content.values()):
         raise RunError(f"{path} holds no network: expected a state_dict of tensors")
-    tensors = {k.removeprefix("module."): v for k, v in content.items() if torch.is_tensor(v)}
+    tensors = {str(k).removeprefix("module."): v for k, v in content.items() if torch.is_tensor(v)}
     renames = next(table for mark, table in LAYOUTS.items() if any(k.startswith(mark) for k in tensors))
     heads = {}
     for key, value in tensors.items():
@@ -134,8 +149,9 @@ def load_strictly(module, state, path, what):
     module.load_state_dict(state, strict=True)
 
 
-def load_method(method, path, what):
-    """Puts a saved network into a method: all of it from a taskN.pt, backbone and projector (and twin) from other layouts.
+def load_method(method, path, what, classes):
+    """Puts the network of a first task into a method: all of it from a task0.pt, backbone and projector (and twin) from other
+    layouts. classes: those of this run's tasks; raises RunError if a task0.pt is of others, or is no task0.pt.
 
     Where a checkpoint has no EMA twin, the twin starts as a copy of the student; a queue it does not have stays random.
     """
@@ -150,3 +166,5 @@ def load_method(method, path, what):
                 state.setdefault(key, own[key])
         state = {k: v for k, v in state.items() if k in own or k.startswith(("backbone.", "projector."))}
     load_strictly(method, state, path, what)
+    if network.get("task", 0) != 0 or network.get("classes", classes)[:1] != classes[:1]:
+        raise RunError(f"{path} is not a network of this run's first task: it was trained on another task or other classes")

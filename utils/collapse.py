@@ -24,7 +24,7 @@ def singular_values(x):
 
 def effective_rank(values):
     """e^entropy of the normalised singular values: from 1 (dimensional collapse) to D. Source: Roy and Vetterli (2007)."""
-    p = values / values.sum()
+    p = values / values.sum().clamp(min=1e-300)  # all equal features: rank 1
     return float(torch.special.entr(p).sum().exp())
 
 
@@ -45,7 +45,8 @@ def intracluster_variance(x, codes):
     x = x.double()
     sums = torch.zeros(count, x.shape[1], dtype=x.dtype, device=x.device).index_add_(0, index, x)
     means = sums / torch.bincount(index, minlength=count).clamp(min=1).unsqueeze(1)
-    return float((x - means[index]).square().sum() / (x - x.mean(dim=0)).square().sum())
+    total = (x - x.mean(dim=0)).square().sum().clamp(min=1e-300)  # all equal features: 0
+    return float((x - means[index]).square().sum() / total)
 
 
 def health(x, codes=None):

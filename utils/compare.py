@@ -12,6 +12,8 @@ def compare(folders):
     columns, protocols = [], {}
     for folder in map(Path, folders):
         block = json.loads((folder / "results.json").read_text())
+        if "matrix" not in block:  # trained with --eval none: what main_linear.py added
+            block = next(b for b in block.values() if "matrix" in b)
         protocols[block["protocol"]] = None
         summary = format_summary(block).replace(", ", "\n")
         columns.append([folder.name, *format_matrix(block["matrix"]).split("\n"), *summary.split("\n")])
@@ -26,7 +28,9 @@ def compare(folders):
 
 if __name__ == "__main__":
     try:
-        print(compare(sys.argv[1:] or sys.exit(__doc__)))
-    except (OSError, ValueError, KeyError) as error:
+        if not sys.argv[1:]:
+            raise ValueError("name one or more")
+        print(compare(sys.argv[1:]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         print(f"compare: error: not a run folder with results: {error}", file=sys.stderr)
         sys.exit(2)

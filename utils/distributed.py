@@ -26,7 +26,10 @@ class Process:
         if self.world == 1:
             return function()
         if not self.main:
-            dist.barrier()
+            try:
+                dist.barrier()
+            except RuntimeError as error:
+                raise RunError("the first process stopped; its message says why") from error
         result = function()
         if self.main:
             dist.barrier()
@@ -52,6 +55,8 @@ def start(device):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
     if cuda:
+        if local >= torch.cuda.device_count():
+            raise RunError(f"{local + 1} processes or more on a machine with {torch.cuda.device_count()} CUDA devices: start fewer")
         torch.cuda.set_device(local)
         torch.backends.cudnn.benchmark = True
     if world > 1:

@@ -33,7 +33,7 @@ class Log:
             self.file = open(path, "a+")
             self.file.truncate(min(offset, path.stat().st_size))
             self.file.seek(0, os.SEEK_END)
-            self.writer = SummaryWriter(folder, purge_step=step if step else None)
+            self.writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
 
     def metrics(self, kind, step, values, **where):
         """One line in metrics.jsonl, and each number as the TensorBoard scalar kind/name."""

@@ -47,8 +47,11 @@ class Clock:
     """Images per second, and the share of the time spent waiting for data."""
 
     def __init__(self):
-        self.start, self.waited, self.images = time.monotonic(), 0.0, 0
         self.reading = {"images_per_second": 0.0, "data_wait_share": 0.0}
+        self.restart()
+
+    def restart(self):
+        self.start, self.waited, self.images = time.monotonic(), 0.0, 0
 
     def watch(self, batches, batch_size):
         """Yields the batches and counts the time until each was there."""
@@ -65,8 +68,7 @@ class Clock:
     def read(self):
         """Of the time since the last reading; that reading again if there was no batch in between."""
         if self.images:
-            now = time.monotonic()
-            elapsed = max(now - self.start, 1e-9)
+            elapsed = max(time.monotonic() - self.start, 1e-9)
             self.reading = {"images_per_second": self.images / elapsed, "data_wait_share": self.waited / elapsed}
-            self.start, self.waited, self.images = now, 0.0, 0
+            self.restart()
         return self.reading

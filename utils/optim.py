@@ -16,6 +16,9 @@ class LARS(torch.optim.SGD):
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.02, exclude_bias_n_norm=False, fused=None):
         super().__init__(params, lr=lr, momentum=momentum, fused=fused, foreach=None if fused else True)
         self.lars_weight_decay, self.eta, self.exclude_bias_n_norm = weight_decay, eta, exclude_bias_n_norm
+        for p in (p for group in self.param_groups for p in group["params"]):
+            # the fused kernel would leave it uninitialised where GradScaler skips the first step
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self, closure=None):

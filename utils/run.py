@@ -31,10 +31,10 @@ def write_text(path, text):
 
 
 def open_folder(path, arguments):
-    """Makes or reopens a run folder and holds its lock until the process ends.
+    """Makes or reopens a run folder, writes config.json, and holds the folder's lock until the process ends.
 
-    Returns the lock; keep it. Raises RunError if the folder cannot be written, if another process
-    holds it, or if it belongs to an experiment with other arguments.
+    Returns the lock; keep it. Raises RunError if the folder cannot be written, if another process holds it, or if it holds
+    networks without the checkpoint that would tell what run they are of.
     """
     folder = Path(path)
     try:
@@ -46,27 +46,26 @@ def open_folder(path, arguments):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise RunError(f"another process is writing {folder}: wait for it, or choose another --out_dir") from error
-    arguments = json.loads(json.dumps(arguments))  # as they will be read back: tuples become lists
-    config = folder / "config.json"
-    if (folder / checkpoint.LAST).exists() or (folder / checkpoint.PREVIOUS).exists():
-        compare_arguments(folder, read_config(folder)["arguments"], arguments)
-    else:
-        write_text(config, json.dumps({"arguments": arguments, **environment()}, indent=2) + "\n")
+    if not checkpoint.exists(folder):
+        if any(folder.glob("task*.pt")):
+            raise RunError(f"{folder} holds networks of a run but no {checkpoint.LAST}: choose another --out_dir, or empty it")
+        write_text(folder / "config.json", json.dumps({"arguments": arguments, **environment()}, indent=2) + "\n")
     return lock
 
 
 def read_config(folder):
-    """config.json of a run folder; raises RunError where there is none to read."""
+    """The arguments in a run folder's config.json; raises RunError where there is none to read."""
     try:
-        config = json.loads((Path(folder) / "config.json").read_text())
-        config["arguments"]
-        return config
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        arguments = json.loads((Path(folder) / "config.json").read_text())["arguments"]
+        return dict(arguments.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{folder} is not a run folder: its config.json is missing or damaged") from error
 
 
-def compare_arguments(folder, old, new):
-    for name in sorted((old.keys() | new.keys()) - FREE):
+def compare_arguments(folder, old, new, free):
+    """Raises RunError that names the first argument in which two experiments differ."""
+    names = sorted((old.keys() | new.keys()) - free)
+    for name in sorted(names, key=lambda name: name not in ("dataset", "method", "regularizer")):
         if old.get(name) != new.get(name):
             raise RunError(
                 f"{folder} holds a run with --{name} {old.get(name)}, not {new.get(name)}: "
@@ -79,8 +78,12 @@ def environment():
     versions = {module.__name__: module.__version__ for module in (numpy, torch, torchvision)}
     versions["python"] = platform.python_version()
     root = Path(__file__).resolve().parent.parent
-    git = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return {"versions": versions, "git_commit": git.stdout.strip() or None, "command": sys.argv}
+    try:
+        git = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
+        commit = git.stdout.strip() or None
+    except OSError:  # no git on this machine
+        commit = None
+    return {"versions": versions, "git_commit": commit, "command": sys.argv}
 
 
 def write_results(folder, block):
@@ -97,24 +100,36 @@ class Run:
     """A run folder and all that must survive an interruption.
 
     Its counters say where the run is: task, epoch, step (of the epoch), global_step; finished tasks, the accuracy matrix so
-    far, and the row of a random backbone. process: only rank 0 writes. classes: the split, checked at resume.
+    far, and the row of a random backbone. process: only rank 0 writes. data: what identifies images and split, checked at resume.
     """
 
     COUNTERS = {"task": 0, "epoch": 0, "step": 0, "global_step": 0, "finished": 0, "matrix": [], "random_row": None}
 
-    def __init__(self, arguments, classes, process):
+    def __init__(self, arguments, data, process):
         self.folder, self.main = Path(arguments["out_dir"]), process.main
-        self.lock = process.first(lambda: open_folder(self.folder, arguments) if self.main else None)
+        self.arguments, self.data = json.loads(json.dumps(arguments)), data  # as they will be read back: tuples become lists
+        self.lock = process.first(lambda: open_folder(self.folder, self.arguments) if self.main else None)
         self.saved = checkpoint.load_last(self.folder)
         self.resumed = self.saved is not None
-        self.arguments, self.classes = arguments, [c.tolist() for c in classes]
         vars(self).update(self.saved["counters"] if self.resumed else {**self.COUNTERS, "matrix": []})
-        if self.resumed and self.saved["classes"] != self.classes:
-            raise RunError(f"{self.folder} was trained on another split into tasks: the data set has changed since")
-        self.log = Log(self.folder if self.main else None, self.saved["metrics_size"] if self.resumed else 0, self.global_step)
+        if self.resumed:
+            self.check_experiment(self.saved["arguments"])
+        complete = self.finished == arguments["num_tasks"]
+        size = self.saved["metrics_size"] if self.resumed else 0
+        self.log = Log(self.folder if self.main and not complete else None, size, self.global_step)
         self.every, self.unit = arguments["save_every"]
         self.started = self.last_save = time.monotonic()
         self.seconds_saving = 0.0
+
+    def check_experiment(self, arguments):
+        """Raises RunError unless the checkpoint is of these arguments and data. Before the first row of the matrix the
+        protocol may still change, for instance to mend a probe that diverged."""
+        protocol = {"eval", "probe_lr"}
+        compare_arguments(self.folder, arguments, self.arguments, FREE if self.matrix else FREE | protocol)
+        if any(arguments[name] != self.arguments[name] for name in protocol):
+            self.random_row = None
+        if self.saved["data"] != self.data:
+            raise RunError(f"{self.folder} was trained on other data, or on another split of it: the files have changed since")
 
     def restore(self, **parts):
         """load_state_dict of every part, once, from the checkpoint that the run resumes from."""
@@ -133,20 +148,25 @@ class Run:
         """Whether it took under a tenth of the time so far, so that one more at an epoch's end does no harm."""
         return self.seconds_saving < 0.1 * (time.monotonic() - self.started)
 
-    def check_finite(self, meter):
-        """Raises RunError if a loss of the epoch was not finite."""
-        if (step := meter.first_bad_step()) >= 0:
+    def check_finite(self, meter, learner=None):
+        """Raises RunError if a loss of the epoch, or a weight of the learner, is not finite. Waits for the device."""
+        step = meter.first_bad_step()
+        if step < 0 and learner is not None:
+            norms = torch.stack(torch._foreach_norm(list(learner.parameters())))
+            step = -1 if norms.isfinite().all() else self.global_step - 1
+        if step >= 0:
             kept = self.folder / checkpoint.LAST
             good = f"the last good checkpoint is {kept}" if kept.exists() else "there is no checkpoint yet"
-            raise RunError(f"the loss is not finite at step {step}, task {self.task}: lower --lr or use --precision fp32; {good}")
+            advice = "start a run in another --out_dir with a lower --lr or with --precision fp32"
+            raise RunError(f"the loss or a weight is not finite at step {step}, task {self.task}: {advice}; {good}")
 
     def save(self, **parts):
         """Writes last.pt with the state of every part; the one before it becomes last.prev.pt."""
         before = time.monotonic()
-        self.check_finite(parts["meter"])
+        self.check_finite(parts["meter"], parts["learner"])
         if self.main:
             state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"counters": {name: getattr(self, name) for name in self.COUNTERS}, "classes": self.classes}
+            state |= {"counters": {name: getattr(self, name) for name in self.COUNTERS}, "data": self.data}
             state |= {"arguments": self.arguments, "metrics_size": self.log.flush()}
             checkpoint.save(self.folder / checkpoint.LAST, state, self.folder / checkpoint.PREVIOUS)
         self.last_save = time.monotonic()
