@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source utils/python.sh requirements.txt
 OUT=${OUT:-runs/quickstart}
 
-SETTINGS=(--dataset digits --num_tasks 5 --image_size 16 --backbone resnet10 --width 16 --epochs 25 --batch_size 64
+SETTINGS=(--dataset digits --num_tasks 5 --image_size 16 --backbone resnet10 --width 16 --epochs 25 --warmup_epochs 10 --batch_size 64 --lr 0.1
           --method moco --moco_queue_size 256 --moco_ema 0.999 0.999)
 
 "$PYTHON" main_cssl.py "${SETTINGS[@]}" --regularizer finetune --out_dir "$OUT/finetune" "$@"
