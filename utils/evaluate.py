@@ -153,7 +153,7 @@ def format_summary(block):
 
 
 def plot_matrix(matrix, title):
-    """The accuracy matrix as a matplotlib figure: annotated cells; tasks not trained yet are hatched over lightly."""
+    """The accuracy matrix as a matplotlib figure: annotated cells; bold: the task just trained, italic: tasks still to come."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -161,11 +161,12 @@ def plot_matrix(matrix, title):
     figure = Figure(figsize=(2.2 + 0.75 * tasks, 1.9 + 0.6 * rows), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    image = axes.imshow(matrix, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+    image = axes.imshow(matrix, cmap="viridis", aspect="auto")
+    middle = sum(image.get_clim()) / 2
     for t, row in enumerate(matrix):
         for k, value in enumerate(row):
             style = {"fontweight": "bold"} if k == t else {"fontstyle": "italic"} if k > t else {}
-            axes.text(k, t, f"{value:.1f}", ha="center", va="center", color="black" if value > 60 else "white", **style)
+            axes.text(k, t, f"{value:.1f}", ha="center", va="center", color="black" if value > middle else "white", **style)
     axes.set(xticks=range(tasks), yticks=range(rows), xlabel="accuracy on task (%)", ylabel="after training task")
     axes.set_title(title, fontsize=9)
     figure.colorbar(image, ax=axes)

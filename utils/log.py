@@ -88,7 +88,8 @@ class Progress:
         self.shown = shown
         terminal = shown and sys.stderr.isatty()
         self.bar = tqdm(total=self.total, initial=done, desc=self.title, unit="step", dynamic_ncols=True) if terminal else None
-        self.start, self.start_done, self.printed = time.monotonic(), done, -math.inf
+        self.start, self.start_done = time.monotonic(), done
+        self.printed, self.printed_done = -math.inf, None
 
     @property
     def share(self):
@@ -103,13 +104,16 @@ class Progress:
     def say(self, loss, lr, images_per_second):
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.4f}, {images_per_second:.0f} images/s")
-        elif self.shown and (time.monotonic() - self.printed > PLAIN_SECONDS or self.done == self.total):
-            self.printed = time.monotonic()
+        elif self.shown and self.done != self.printed_done and self.line_is_due():
+            self.printed, self.printed_done = time.monotonic(), self.done
             left = (self.total - self.done) * (self.printed - self.start) / max(self.done - self.start_done, 1)
             eta = time.strftime("%H:%M:%S", time.gmtime(left)) if left < 86400 else f"{left / 86400:.1f} days"
             epoch = max(self.done - 1, 0) // self.steps + 1
             print(f"{self.title} epoch {epoch}/{self.epochs} step {self.done}/{self.total} loss {loss:.4f} lr {lr:.4f} "
                   f"{images_per_second:.0f} images/s, {eta} left", flush=True)  # fmt: skip
+
+    def line_is_due(self):
+        return self.done == self.total or time.monotonic() - self.printed > PLAIN_SECONDS
 
     def close(self):
         if self.bar is not None:
