@@ -15,6 +15,7 @@ if [[ $# -gt 0 && $1 != -* ]]; then METHOD=$1; shift; fi
 if [[ $# -gt 0 && $1 != -* ]]; then REGULARIZER=$1; shift; fi
 TASKS=${TASKS:-5} GPUS=${GPUS:-1}
 OUT=${OUT:-runs/cifar100-$TASKS-$METHOD-$REGULARIZER}
+if ! [[ $GPUS =~ ^[1-9][0-9]*$ ]]; then echo "run_cifar100.sh: error: GPUS=$GPUS is not a number of processes" >&2; exit 2; fi
 
 # The paper's table; lr is per 256 images (Adam's 1e-3 at FALCON's batch of 64), lambda_neg that of CIFAR-100.
 BATCH=256 VIEWS="--min_scale 0.08 --blur_p 0 0 --solarize_p 0 0.2"
@@ -31,7 +32,6 @@ esac
 
 source utils/python.sh requirements.txt
 LAUNCH=("$PYTHON")
-if ! [[ $GPUS =~ ^[1-9][0-9]*$ ]]; then echo "run_cifar100.sh: error: GPUS=$GPUS is not a number of processes" >&2; exit 2; fi
 if [ "$GPUS" -gt 1 ]; then
   LAUNCH=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$GPUS")
   # so that SIGUSR1, too, reaches the workers, where this version of torch can be asked to pass it on
