@@ -122,10 +122,10 @@ class Run:
         self.seconds_saving = 0.0
 
     def check_experiment(self, arguments):
-        """Raises RunError unless the checkpoint is of these arguments and data. Before the first row of the matrix the
+        """Raises RunError unless the checkpoint is of these arguments and data. Until a task is finished the
         protocol may still change, for instance to mend a probe that diverged."""
         protocol = {"eval", "probe_lr"}
-        compare_arguments(self.folder, arguments, self.arguments, FREE if self.matrix else FREE | protocol)
+        compare_arguments(self.folder, arguments, self.arguments, FREE if self.finished else FREE | protocol)
         if any(arguments[name] != self.arguments[name] for name in protocol):
             self.random_row = None
         if self.saved["data"] != self.data:
