@@ -12,7 +12,6 @@ flags of X and Y.
 import copy
 import sys
 import warnings
-import zlib
 
 import torch
 from torch.amp import GradScaler
@@ -22,7 +21,8 @@ from data import DataError
 from data.augment import ViewConfig
 from data.datasets import DATASETS, load_dataset
 from data.loader import Loader, generator, plain_batches
-from data.scenarios import SCENARIOS, split
+from data.scenarios import SCENARIOS, plan
+from data.stream import Crops, Stream, StreamLoader, default_workers, plain_stream
 from losses import METHODS, REGULARIZERS
 from losses.base import Learner, MethodError
 from models import BACKBONES, STEMS, build_backbone
@@ -36,6 +36,7 @@ from utils.optim import LARS, warmup_cosine
 from utils.run import Run, Stopped, StopRequest
 
 OPTIMIZERS = {"lars": LARS, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+STREAM_SIZE = 224  # of views of images that differ in size
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -44,8 +45,10 @@ def parse_arguments(argv=None):
     parser = Parser(__doc__)
     add = add_data_arguments(parser)
     add("--scenario", choices=SCENARIOS, default="class", help="what changes from task to task")
-    add("--num_tasks", type="count", default=5, help="1 is joint training, the upper bound")
-    add("--image_size", type="count", help="side of the views in pixels (default: that of the images)")
+    add(
+        "--num_tasks", type="count", help="1 is joint training, the upper bound (default: 5; one per domain with --scenario domain)"
+    )
+    add("--image_size", type="count", help="side of the views in pixels (default: that of the images; 224 if they differ in size)")
     add("--min_scale", type="fraction", default=0.08, help="smallest share of the area that a crop keeps")
     pair = {"type": "fraction", "nargs": 2, "metavar": ("P1", "P2")}
     add("--blur_p", **pair, default=(0.0, 0.0), help="probability of blur in view 1 and view 2")
@@ -90,8 +93,10 @@ def parse_arguments(argv=None):
             setattr(args, name, getattr(method, name))
     if args.warmup_epochs is None:
         args.warmup_epochs = min(10, args.epochs // 5)
+    if args.num_tasks is None and args.scenario != "domain":
+        args.num_tasks = 5
     if args.out_dir is None:
-        args.out_dir = f"runs/{args.dataset}-{args.scenario}{args.num_tasks}-{args.method}-{args.regularizer}-seed{args.seed}"
+        args.out_dir = f"runs/{args.dataset}-{args.scenario}{args.num_tasks or ''}-{args.method}-{args.regularizer}-seed{args.seed}"
     return args
 
 
@@ -101,21 +106,30 @@ def add_data_arguments(parser):
     add("--dataset", choices=DATASETS, default="digits", help="digits needs no download")
     add("--data_dir", default="datasets", help="where the data set lies, or is to be put by --download")
     add("--download", action="store_true", help="fetch the data set if it is missing")
+    add("--probe_data_dir", metavar="DIR", help="train/<class>/ and test/<class>/ to evaluate with, for images without labels")
+    add("--domain_order", nargs="+", metavar="NAME", help="domains in the order of the tasks (default: the papers', or by name); "
+        "fewer than there are leaves the others out")  # fmt: skip
+    add("--workers", type="index", default=default_workers(), help="processes that decode images of different sizes; raise it if "
+        "the bar says that training waits for data")  # fmt: skip
+    add("--cache", choices=("none", "ram", "disk"), default="none", help="keep images of different sizes decoded, with their short "
+        "side at --cache_size: takes about 0.25 MB an image at 256, and makes every epoch faster")  # fmt: skip
+    add("--cache_size", type="count", default=256, help="short side of cached images; larger than the views")
     add("--cache_dir", help="where decoded images are kept if not beside the data, for instance if that is read-only")
+    add("--skip_corrupt", action="store_true", help="go on without images that cannot be read; python -m data.check lists them")
     return add
 
 
 def main(args):
     process, stop = distributed.start(args.device), StopRequest()
-    train, test, indices, classes = build_data(args, process)
-    loaders = build_loaders(args, process, train, indices)
+    train, probe, test, tasks = build_data(args, process)
+    loaders = build_loaders(args, process, train, tasks)
     learner = build_learner(args, process)
     method, device = learner.method, process.device
     names = f"--method {args.method} --backbone {args.backbone} --width {args.width} --stem {args.stem}"
     if args.init_from and not checkpoint.exists(args.out_dir):
         initial = copy.deepcopy(method)
-        checkpoint.load_method(initial, args.init_from, names, [c.tolist() for c in classes])
-    run = Run(vars(args), {"classes": [c.tolist() for c in classes], "digest": train.digest}, process)
+        checkpoint.load_method(initial, args.init_from, names, tasks.names)
+    run = Run(vars(args), {"tasks": tasks.names, "digest": train.digest}, tasks.train, process)
     clock = Clock()
     if process.main:
         print_settings(args, process, train, loaders, learner, run)
@@ -125,11 +139,11 @@ def main(args):
         tau = ema_tau(progress.share, *method.ema) if method.ema else None
         values = {**values, "lr": lr, "ema_tau": tau, "feature_std": spread(out.z[0])}
         run.log.metrics(kind, run.global_step, values, task=task, epoch=epoch)
-        run.log.scalars("speed", run.global_step, speed := clock.read())
-        progress.say(values["loss"], lr, speed["images_per_second"])
+        run.log.scalars("speed", run.global_step, speed := {**clock.read(), "skipped_images": loader.skipped})
+        progress.say(values["loss"], lr, speed["images_per_second"], speed["data_wait_share"])
 
     if args.eval != "none" and not run.matrix and run.random_row is None:
-        run.random_row = accuracies(args, frozen_features(args, method.backbone, train, test), train, test, classes)
+        run.random_row = accuracies(args, frozen_features(args, process, method.backbone, probe, test), probe, test, tasks)
     if args.init_from and not run.resumed:
         method.load_state_dict(initial.state_dict())
 
@@ -180,40 +194,52 @@ def main(args):
         if run.finished == task:  # otherwise the run was interrupted after this evaluation
             save_network(run, method)
             if args.eval != "none":
-                features = frozen_features(args, method.backbone, train, test)
-                run.matrix.append(accuracies(args, features, train, test, classes))
+                features = frozen_features(args, process, method.backbone, probe, test)
+                run.matrix.append(accuracies(args, features, probe, test, tasks))
                 publish(args, run, *health(features[1], method.codes(features[1])))
             run.finished += 1
             run.save(**parts)
         run.task, run.epoch, run.step = task + 1, 0, 0
     if process.main:
-        print_results(run, args)
+        print_results(run, args, loaders)
     distributed.stop()
 
 
 def build_data(args, process):
-    """ImageSets on the device, indices and classes of each task; settles --image_size, --stem and --precision where left open."""
-    train, test = process.first(lambda: load_dataset(args))
-    args.image_size = args.image_size or train.images.shape[-1]
+    """ImageSets to train on, to train classifiers on and to test on, in memory on the device, and the Tasks; settles
+    --image_size, --stem, --precision and --num_tasks where left open, and --eval where there is nothing to evaluate with."""
+    train, probe, test = process.first(lambda: load_dataset(args))
+    process.agree(False, True)  # all ranks have opened the caches
+    args.image_size = args.image_size or (STREAM_SIZE if train.streams else train.images.shape[-1])
     if args.stem == "auto":
         args.stem = "cifar" if args.image_size <= 64 else "imagenet"
     args.precision = args.precision or ("bf16" if process.device.type == "cuda" else "fp32")
-    indices, classes = split(train.labels, len(train.classes), args.scenario, args.num_tasks, args.seed)
-    train.digest = zlib.crc32(train.images.numpy(), zlib.crc32(train.labels.numpy()))
-    for images in (train, test):
-        images.images, images.labels = images.images.to(process.device), images.labels.to(process.device)
-    return train, test, indices, classes
+    args.num_tasks = args.num_tasks or max(len(train.domain_names), 1)
+    tasks = plan(train, test, args.scenario, args.num_tasks, args.seed)
+    if test is None and args.eval != "none":
+        args.eval = "none"
+        if process.main:
+            print(f"no evaluation: {args.data_dir} has no labels in train/ and test/; --probe_data_dir names labelled images, now "
+                  "or later with main_linear.py")  # fmt: skip
+    train.digest = train.checksum()
+    for images in filter(None, (train, train.probe, test)):
+        images.to(process.device)
+    return train, probe, test, tasks
 
 
-def build_loaders(args, process, train, indices):
-    """One Loader per task."""
+def build_loaders(args, process, train, tasks):
+    """One Loader per task; where images stream, they share one pool of workers."""
     if args.batch_size < 2:
         raise RunError("--batch_size 1: batch norms and losses compare the images of a batch; use at least 2")
     if args.batch_size % process.world:
         raise RunError(f"--batch_size {args.batch_size} is that of all processes and does not divide by {process.world}: change it")
     views = [ViewConfig(args.image_size, args.min_scale, *p) for p in zip(args.blur_p, args.solarize_p)]
+    kind, images = Loader, train.images
+    if train.streams:
+        crops = Crops(images, args.image_size, [view.min_scale for view in views])
+        kind, images = StreamLoader, Stream(crops, args.workers, process.device, args.skip_corrupt)
     shared = (args.batch_size, views, train.mean, train.std, args.seed)
-    return [Loader(train.images, part, *shared, task, process.rank, process.world) for task, part in enumerate(indices)]
+    return [kind(images, part, *shared, task, process.rank, process.world) for task, part in enumerate(tasks.train)]
 
 
 def build_learner(args, process):
@@ -251,17 +277,25 @@ def wrap(learner, process, compiled):
         return DistributedDataParallel(learner, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def frozen_features(args, backbone, *sets):
+def frozen_features(args, process, backbone, *sets):
     """Features float32 [N, F] of each ImageSet, without augmentation."""
-    batches = [plain_batches(s.images, args.image_size, s.mean, s.std) for s in sets]
-    return [evaluate.extract(backbone, b, PRECISIONS[args.precision]) for b in batches]
+    features = []
+    for images in sets:
+        setting = (args.image_size, images.mean, images.std)
+        if images.streams:
+            batches = plain_stream(images, *setting, process.device, args.workers, args.skip_corrupt)
+        else:
+            batches = plain_batches(images.images, *setting)
+        features.append(evaluate.extract(backbone, batches, PRECISIONS[args.precision]))
+    return features
 
 
-def accuracies(args, features, train, test, classes):
+def accuracies(args, features, probe, test, tasks):
     """One row of a[k][t] from the features of both sets: the accuracy on each task, by the protocol args.eval."""
-    train_x, test_x = features
-    predictions = evaluate.classify(args, train_x, train.labels, test_x, len(train.classes))
-    return evaluate.accuracy_row(predictions, test.labels, classes)
+    probe_x, test_x = features
+    known = probe.labels >= 0
+    predictions = evaluate.classify(args, probe_x[known], probe.labels[known], test_x, len(probe.classes))
+    return evaluate.accuracy_row(predictions, test.labels, tasks.test)
 
 
 def save_network(run, method):
@@ -270,7 +304,7 @@ def save_network(run, method):
     backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
     heads = {k: v for k, v in state.items() if not k.startswith("backbone.")}
     if run.main:
-        network = {"backbone": backbone, "heads": heads, "config": run.arguments, "task": run.task, "classes": run.data["classes"]}
+        network = {"backbone": backbone, "heads": heads, "config": run.arguments, "task": run.task, "tasks": run.data["tasks"]}
         checkpoint.save(run.folder / f"task{run.task}.pt", network)
 
 
@@ -290,18 +324,23 @@ def print_settings(args, process, train, loaders, learner, run):
     print(
         f"{args.method} + {args.regularizer}, {args.backbone} with {args.stem} stem, {millions:.1f} M parameters\n"
         f"{process.world} x {process.device}, {args.precision}, torch {torch.__version__}\n"
-        f"{args.dataset}: {len(loaders)} tasks of {sizes} images, {args.image_size} px, {args.epochs} epochs a task\n"
+        f"{args.dataset}, {args.scenario}-incremental: {len(loaders)} tasks of {sizes} images, {args.image_size} px, "
+        f"{args.epochs} epochs a task\n"
         f"global batch {args.batch_size}, lr {rate:g} (= {args.lr:g} x {args.batch_size} / 256), weight decay "
         f"{args.weight_decay:g}, {args.warmup_epochs} epochs of warm-up, seed {args.seed}\n"
         f"run folder: {run.folder}{resumed}",
         flush=True,
     )
+    if train.domain_names:
+        print(f"domains: {', '.join(train.domain_names)}", flush=True)
 
 
-def print_results(run, args):
+def print_results(run, args, loaders):
     if run.matrix:
         print(f"\naccuracy (%), {evaluate.protocol_name(args.eval, args.probe_lr)}\n{evaluate.format_matrix(run.matrix)}")
         print(evaluate.format_summary(evaluate.summary(run.matrix, args.num_tasks, "", run.random_row)))
+    if loaders[0].skipped:
+        print(f"{loaders[0].skipped} training images could not be read and were skipped: python -m data.check lists such files")
     print(f"{run.folder} is complete; TensorBoard: tensorboard --logdir {run.folder}")
 
 

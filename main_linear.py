@@ -27,6 +27,11 @@ DEFAULTS = {
     "data_dir": "datasets",
     "download": False,
     "cache_dir": None,
+    "probe_data_dir": None,
+    "domain_order": None,
+    "cache": "none",
+    "cache_size": 256,
+    "skip_corrupt": False,
     "scenario": "class",
     "num_tasks": 1,
     "image_size": None,
@@ -58,7 +63,7 @@ def parse_arguments(argv=None):
     add("--num_tasks", type="count", help="tasks to tell apart in the numbers")
     add("--seed", type="index", help="of the classes' order and of the probe's sample order")
     add("--precision", choices=PRECISIONS)
-    parser.set_defaults(dataset=None, data_dir=None, download=None)
+    parser.set_defaults(**dict.fromkeys(("dataset", "data_dir", "download", "domain_order", "cache", "cache_size", "skip_corrupt")))
     args = parser.parse_args(argv)
     if (args.run is None) == (args.checkpoint is None):
         parser.error("pass either --run DIR or --checkpoint FILE")
@@ -86,8 +91,10 @@ def main(args):
     if args.dataset not in DATASETS or args.backbone not in BACKBONES:
         raise RunError(f"{networks[0]} does not say what it was trained on: pass --dataset, --data_dir and --backbone")
 
-    train, test, _, classes = build_data(args, process)
-    keep_labels(train, args.label_fraction, args.seed)
+    _, probe, test, tasks = build_data(args, process)
+    if test is None:
+        raise RunError(f"{args.data_dir} has no labelled images in train/ and test/: pass --probe_data_dir DIR with both")
+    probe = keep_labels(probe, args.label_fraction, args.seed)
     torch.manual_seed(args.seed)
     backbone = build_backbone(args.backbone, args.width, args.stem).to(process.device, memory_format=torch.channels_last)
     what = f"--backbone {args.backbone} --width {args.width} --stem {args.stem}"
@@ -97,7 +104,7 @@ def main(args):
         protocol += f"; {100 * args.label_fraction:g} % of the labels"
 
     def row():
-        return accuracies(args, frozen_features(args, backbone, train, test), train, test, classes)
+        return accuracies(args, frozen_features(args, process, backbone, probe, test), probe, test, tasks)
 
     random_row = row() if args.run else None
     matrix = []
@@ -114,12 +121,11 @@ def main(args):
 
 
 def keep_labels(images, fraction, seed):
-    """Leaves a random share of each class, at least one image, the same for every network."""
-    if fraction < 1:
-        order = torch.randperm(len(images.labels), generator=torch.Generator().manual_seed(seed)).to(images.labels.device)
-        members = [order[images.labels[order] == label] for label in range(len(images.classes))]
-        kept = torch.cat([m[: max(1, round(fraction * len(m)))] for m in members])
-        images.images, images.labels = images.images[kept], images.labels[kept]
+    """The ImageSet with a random share of each class, at least one image, the same for every network."""
+    labels = images.labels.cpu()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    members = [order[labels[order] == label] for label in labels[labels >= 0].unique()]
+    return images if fraction == 1 else images.subset(torch.cat([m[: max(1, round(fraction * len(m)))] for m in members]))
 
 
 if __name__ == "__main__":

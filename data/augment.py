@@ -41,7 +41,7 @@ class ViewConfig:
 class ViewParams:
     """Per-sample parameters of one view, [N] each, on the CPU; a sample without an operation holds its neutral value."""
 
-    top: torch.Tensor  # crop box, pixels
+    top: torch.Tensor | None  # crop box, pixels; None where the images are crops already
     left: torch.Tensor
     height: torch.Tensor
     width: torch.Tensor
@@ -59,14 +59,16 @@ class ViewParams:
 
     def __getitem__(self, part):
         """The same parameters for a slice of the batch (a rank's share of the global draw)."""
-        tensors = {k: v[part] for k, v in vars(self).items() if torch.is_tensor(v)}
-        return ViewParams(**tensors, jitter_order=self.jitter_order)
+        return ViewParams(**{k: v[part] if torch.is_tensor(v) else v for k, v in vars(self).items()})
 
 
 def draw(config, count, height, width, generator):
-    """Parameters for one view of `count` images of height x width pixels, from a CPU generator."""
+    """Parameters for one view of `count` images of height x width pixels, from a CPU generator; without boxes where height
+    is None, for images that are crops already."""
     u = torch.rand(10, count, generator=generator)
-    top, left, box_height, box_width = draw_boxes(count, height, width, config.min_scale, generator)
+    top = left = box_height = box_width = None
+    if height is not None:
+        top, left, box_height, box_width = draw_boxes(count, height, width, config.min_scale, generator)
     jitter = u[0] < config.jitter_p
 
     def factor(row, strength):
@@ -92,17 +94,26 @@ def draw(config, count, height, width, generator):
 
 
 def draw_boxes(count, height, width, min_scale, generator):
-    """Boxes of torchvision's RandomResizedCrop (scale min_scale-1, ratio 3/4-4/3): top, left, height, width, [N] each."""
+    """Boxes of `count` images that are all height x width pixels; see `boxes`."""
     u = torch.rand(4, count, CROP_TRIES, generator=generator)
-    area = height * width * (min_scale + (1 - min_scale) * u[0])
+    return boxes(u, torch.full((count,), height), torch.full((count,), width), min_scale)
+
+
+def boxes(u, height, width, min_scale):
+    """Boxes of torchvision's RandomResizedCrop (scale min_scale-1, ratio 3/4-4/3): top, left, height, width, [N] each.
+
+    u: uniform random numbers [4, N, CROP_TRIES]; height, width: [N], pixels.
+    """
+    height, width = height.float(), width.float()
+    area = (height * width).unsqueeze(1) * (min_scale + (1 - min_scale) * u[0])
     ratio = torch.exp((2 * u[1] - 1) * torch.log(torch.tensor(4 / 3)))
     w = torch.sqrt(area * ratio).round()
     h = torch.sqrt(area / ratio).round()
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    fits = (w > 0) & (w <= width.unsqueeze(1)) & (h > 0) & (h <= height.unsqueeze(1))
     first = fits.int().argmax(dim=1, keepdim=True)  # the first try that fits, 0 if none does
     found = fits.any(dim=1)
     w, h = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0]
-    full_h, full_w = fallback_box(height, width)
+    full_h, full_w = fallback_boxes(height, width)
     w, h = torch.where(found, w, full_w), torch.where(found, h, full_h)
     u_top, u_left = u[2].gather(1, first)[:, 0], u[3].gather(1, first)[:, 0]
     top = torch.where(found, (u_top * (height - h + 1)).floor(), (height - h).div(2, rounding_mode="floor"))
@@ -110,19 +121,19 @@ def draw_boxes(count, height, width, min_scale, generator):
     return top, left, h, w
 
 
-def fallback_box(height, width):
-    """Height and width of the largest box with a ratio in 3/4-4/3."""
-    if width / height < 3 / 4:
-        return float(round(width / (3 / 4))), float(width)
-    if width / height > 4 / 3:
-        return float(height), float(round(height * (4 / 3)))
-    return float(height), float(width)
+def fallback_boxes(height, width):
+    """Height and width of the largest box with a ratio in 3/4-4/3, in images of height x width pixels, [N] each."""
+    ratio = width / height
+    tall = (width.double() / (3 / 4)).round().float()
+    wide = (height.double() * (4 / 3)).round().float()
+    return torch.where(ratio < 3 / 4, tall, height), torch.where(ratio > 4 / 3, wide, width)
 
 
 def make_view(images, params, config, mean, std):
     """One normalised view of every image.
 
-    images: uint8 [N, 3, H, W] on any device; params: ViewParams of the same N; mean, std: three floats each.
+    images: uint8 [N, 3, H, W] on any device, or crops [N, 3, size, size]; params: ViewParams of the same N, without boxes for
+    crops; mean, std: three floats each.
     Returns float32 [N, 3, size, size], channels_last.
     """
     device, size = images.device, config.size
@@ -130,7 +141,7 @@ def make_view(images, params, config, mean, std):
     chunk = CHUNK if device.type == "cpu" else max(len(images), 1)
     for start in range(0, len(images), chunk):
         part = slice(start, start + chunk)
-        x = crop_resize(images[part], params[part], size)
+        x = flip_crops(images[part], params[part]) if params.top is None else crop_resize(images[part], params[part], size)
         view[part] = normalize(distort(x, params[part]), mean, std)
     return view
 
@@ -140,6 +151,12 @@ def normalize(x, mean, std):
     for channel, (m, s) in enumerate(zip(mean, std)):
         x[:, channel].sub_(m).mul_(1 / s)
     return x
+
+
+def flip_crops(images, params):
+    """uint8 [N, 3, S, S] -> float [N, 3, S, S] in [0, 1], mirrored where drawn."""
+    x = images.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
+    return on_samples(x, params.flip, lambda part: part.flip(3))
 
 
 def crop_resize(images, params, size):

@@ -1,34 +1,72 @@
 """Data sets: each is one function that returns an ImageSet for "train" or "test", and one line in DATASETS."""
 
-from dataclasses import dataclass
-from pathlib import Path
+import copy
+import os
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 
 from data import DataError
-from data.decode import load_folder
+from data.cache import add_cache, forget, open_in_memory
+from data.files import Files, list_classes, list_images
 
 CIFAR100_STATS = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 CIFAR10_STATS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 DIGITS_STATS = ((0.3053,) * 3, (0.3762,) * 3)
+IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.228, 0.224, 0.225))  # the standard deviations of the released code
+SVHN_STATS = ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970))
+
+DOMAINS = ("real", "quickdraw", "painting", "sketch", "infograph", "clipart")  # the papers' order
+DOMAINNET_CLASSES, IMAGENET_CLASSES = 345, 1000
 
 
 @dataclass
 class ImageSet:
-    """Images of one size, in memory.
+    """Images and what is known of them.
 
-    images: uint8 [N, 3, H, W]; labels: int64 [N], an index into classes, -1 for none; mean, std: per channel, of images in [0, 1];
-    domains: int64 [N], or None where all images come from one; digest: a checksum of images and labels, once known.
+    images: uint8 [N, 3, H, W], or Files where they are of different sizes; labels: int64 [N], an index into classes, -1 for
+    none; mean, std: per channel, of images in [0, 1]; domains: int64 [N], an index into domain_names, or None where all images
+    come from one; probe: the labelled ImageSet that classifiers are trained on, where it is not this one; digest: the
+    checksum, once known.
     """
 
-    images: torch.Tensor
+    images: torch.Tensor | Files
     labels: torch.Tensor
     classes: list
     mean: tuple
     std: tuple
     domains: torch.Tensor | None = None
+    domain_names: tuple = ()
+    probe: "ImageSet | None" = None
     digest: int = 0
+
+    @property
+    def streams(self):
+        """Whether the images are files that are read while training."""
+        return isinstance(self.images, Files)
+
+    def checksum(self):
+        """Of labels, domains and pixels, or the names of files."""
+        pixels = self.images.checksum() if self.streams else zlib.crc32(self.images.cpu().numpy())
+        digest = zlib.crc32(self.labels.cpu().numpy(), pixels)
+        return digest if self.domains is None else zlib.crc32(self.domains.numpy(), digest)
+
+    def to(self, device):
+        """Moves what is in memory to the device; caches of files in memory are forgotten, now that all processes have them."""
+        self.labels = self.labels.to(device)
+        if self.streams:
+            forget(self.images)
+        else:
+            self.images = self.images.to(device)
+
+    def subset(self, indices):
+        """Only these samples (int64, on the CPU)."""
+        where = indices if self.streams else indices.to(self.images.device)
+        domains = None if self.domains is None else self.domains[indices]
+        return replace(self, images=self.images[where], labels=self.labels[indices.to(self.labels.device)], domains=domains)
 
 
 def digits(split, args):
@@ -54,38 +92,258 @@ def cifar100(split, args):
 
 
 def _cifar(name, split, args, stats):
-    import torchvision
-
     root = Path(args.data_dir)
-    dataset = getattr(torchvision.datasets, name)
     if (root / "train").is_dir() or (root / "test").is_dir():
-        images, labels, classes = load_folder(root / split, args.cache_dir)
+        names, labels, classes = list_classes(root / split)
+        images = open_in_memory(Files(root / split, names), f"{args.dataset}_{split}", args)
         return ImageSet(images, labels, classes, *stats)
-    try:
-        # torchvision compares every file with its known checksum before it reads it, so no foreign pickle is opened
-        files = dataset(root, train=split == "train", download=args.download)
-    except (RuntimeError, OSError) as error:
-        if args.download:
-            raise DataError(f"{name} could not be downloaded to {root}: {error}") from error
-        raise DataError(
-            f"no {name} in {root}: pass --download to fetch it, or --data_dir with {dataset.base_folder}/ "
-            "(torchvision's files) or with train/<class>/ and test/<class>/ (PNG or JPEG images)"
-        ) from error
+    form = "torchvision's files or with train/<class>/ and test/<class>/ (PNG or JPEG images)"
+    files = _torchvision(name, args, form, train=split == "train")
     images = torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous()
     return ImageSet(images, torch.tensor(files.targets), files.classes, *stats)
 
 
-DATASETS = {"digits": digits, "cifar10": cifar10, "cifar100": cifar100}
+def svhn(split, args):
+    """SVHN (Netzer et al., 2011): house numbers, 32x32, from torchvision's files; its extra split is not used."""
+    files = _torchvision("SVHN", args, "train_32x32.mat and test_32x32.mat", split=split)
+    return ImageSet(torch.from_numpy(files.data), torch.from_numpy(files.labels), [str(i) for i in range(10)], *SVHN_STATS)
+
+
+def stl10(split, args):
+    """STL-10 (Coates et al., 2011), 96x96: the unlabelled split trains, classifiers are trained on the labelled one."""
+
+    def load(name):
+        files = _torchvision("STL10", args, "stl10_binary/", split=name)
+        # its images were taken from ImageNet
+        return ImageSet(torch.from_numpy(files.data), torch.from_numpy(files.labels).long(), list(files.classes), *IMAGENET_STATS)
+
+    if split == "test":
+        return load("test")
+    return replace(load("unlabeled"), probe=load("train"))
+
+
+def _torchvision(name, args, expected, **options):
+    """A data set of torchvision, whose files are compared with their known checksums before they are read: no foreign pickle
+    is opened."""
+    import torchvision
+
+    try:
+        return getattr(torchvision.datasets, name)(args.data_dir, download=args.download, **options)
+    except (RuntimeError, OSError) as error:
+        if args.download:
+            raise DataError(f"{name} could not be downloaded to {args.data_dir}: {error}") from error
+        raise DataError(f"no {name} in {args.data_dir}: pass --download to fetch it, or --data_dir with {expected}") from error
+
+
+def imagenet(split, args):
+    """ImageNet-1k (ILSVRC 2012): train/<WordNet id>/ and val/<WordNet id>/."""
+    return _imagenet(split, args, None)
+
+
+def imagenet100(split, args):
+    """The 100 classes of ImageNet that this line of papers uses (data/imagenet100_classes.txt, CMC's list), from a folder
+    with these classes or from the whole of ImageNet."""
+    return _imagenet(split, args, (Path(__file__).parent / "imagenet100_classes.txt").read_text().split())
+
+
+def _imagenet(split, args, wanted):
+    root = Path(args.data_dir) / ("val" if split == "test" else "train")
+    if root.is_dir() and not any(entry.is_dir() for entry in os.scandir(root)) and split == "test":
+        raise DataError(
+            f"{root} has no class folders: ImageNet's validation images come unsorted; in Python, "
+            f"torchvision.datasets.ImageNet({args.data_dir!r}, 'val') sorts them into val/<WordNet id>/ from "
+            "ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz"
+        )
+    if wanted is not None and root.is_dir():
+        missing = [name for name in wanted if not (root / name).is_dir()]
+        if missing:
+            raise DataError(f"{root} lacks {len(missing)} of ImageNet-100's {len(wanted)} classes: {' '.join(missing)}")
+    names, labels, classes = list_classes(root, wanted)
+    if wanted is None and len(classes) != IMAGENET_CLASSES:
+        raise DataError(
+            f"{root} has {len(classes)} class folders where ImageNet has {IMAGENET_CLASSES}: complete it, or use --dataset folder, "
+            "which takes any classes"
+        )
+    return ImageSet(Files(root, names), labels, classes, *IMAGENET_STATS)
+
+
+def domainnet(split, args):
+    """DomainNet (Peng et al., 2019): DIR/<domain>/<class>/<image>, and the lists DIR/<domain>_train.txt and _test.txt."""
+    root, order = Path(args.data_dir), args.domain_order or DOMAINS
+    unknown = [name for name in order if name not in DOMAINS]
+    if unknown:
+        raise DataError(f"--domain_order {unknown[0]}: DomainNet's domains are {', '.join(sorted(DOMAINS))}")
+    classes, names, labels, domains = {}, [], [], []
+    for number, domain in enumerate(order):
+        for part in ("train", "test"):  # both name the classes
+            found = _read_list(root, f"{domain}_{part}.txt", classes)
+            if part == split:
+                names += [name for name, _ in found]
+                labels += [label for _, label in found]
+                domains += [number] * len(found)
+    files = Files(root, names)
+    _require(files)
+    classes = [classes.get(label, "") for label in range(DOMAINNET_CLASSES)]
+    return ImageSet(files, torch.tensor(labels), classes, *IMAGENET_STATS, torch.tensor(domains), tuple(order))
+
+
+def _read_list(root, file, classes):
+    """(name, label) for each line of a list; the class names, the folders of the images, are added to `classes`."""
+    try:
+        lines = (root / file).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"cannot read {root / file} ({type(error).__name__}): DomainNet needs <domain>_train.txt and <domain>_test.txt beside "
+            "its domains' folders; check --data_dir, or choose other domains with --domain_order"
+        ) from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        where = f"{root / file}, line {number}"
+        name, _, label = line.strip().rpartition(" ")
+        if not name:
+            if not line.strip():
+                continue
+            raise DataError(f"{where}: {line.strip()!r} is not '<domain>/<class>/<image> <label>'")
+        parts = PurePosixPath(name).parts
+        if len(parts) < 2 or parts[0] == "/" or ".." in parts:
+            raise DataError(f"{where}: {name} is not a path below {root}")
+        if not label.isascii() or not label.isdecimal() or int(label) >= DOMAINNET_CLASSES:
+            raise DataError(f"{where}: label {label} is not a number from 0 to {DOMAINNET_CLASSES - 1}")
+        if classes.setdefault(int(label), parts[-2]) != parts[-2]:
+            other = classes[int(label)]
+            raise DataError(f"{where}: label {label} is {parts[-2]} here and {other} in another line: lists of different versions?")
+        found.append((name, int(label)))
+    if not found:
+        raise DataError(f"{root / file} names no images")
+    return found
+
+
+def _require(files):
+    """Raises DataError, with their number and the first of them, if files are missing; one look into each folder."""
+    folders = {}
+    missing = []
+    for i in range(len(files)):
+        path = files.path(i)
+        if path.parent not in folders:
+            folders[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
+        if path.name not in folders[path.parent]:
+            missing.append(path)
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(files)} images that the lists in {files.root} name are missing, such as {missing[0]}: "
+            "unpack the archives of all domains there, or choose other domains with --domain_order"
+        )
+
+
+def folder(split, args):
+    """Anyone's own images: train/<class>/, or train/<task>/<class>/ for a sequence of domains, and test/ (or val/) of the same
+    form; or images without labels, in train/ or in any folders below --data_dir. With --scenario domain, train/<task>/ may
+    hold unlabelled images itself."""
+    root = Path(args.data_dir)
+    if not root.is_dir():
+        raise DataError(f"no folder {root}: check --data_dir")
+    labelled = (root / "train").is_dir()
+    if split == "test":
+        root = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+        if root is None:
+            return None
+    elif labelled:
+        root = root / "train"
+    names = list_images(root)
+    parts = [tuple(name.split("/")[:-1]) for name in names]  # the folders that each image lies in
+    images = ImageSet(Files(root, names), torch.full((len(names),), -1), [], *IMAGENET_STATS)
+    depths = {len(p): name for p, name in zip(parts, names)}
+    if not labelled or set(depths) == {0}:
+        return images
+    if len(depths) > 1 or max(depths) > 2:
+        example = " and ".join(depths[d] for d in sorted(depths))
+        raise DataError(
+            f"{root}: use <class>/<image> throughout, or <task>/<class>/<image>, or images without folders; not {example}"
+        )
+    if set(depths) == {1} and args.scenario != "domain":
+        return _with_labels(images, [p[0] for p in parts])
+    if set(depths) == {2}:
+        images = _with_labels(images, [p[1] for p in parts])
+    return _with_domains(images, [p[0] for p in parts], args.domain_order)
+
+
+def _with_labels(images, names):
+    """The ImageSet with the class of this name for each image."""
+    classes = sorted(set(names))
+    number = {name: label for label, name in enumerate(classes)}
+    return replace(images, labels=torch.tensor([number[name] for name in names]), classes=classes)
+
+
+def _with_domains(images, names, order):
+    """The ImageSet with the domain of this name for each image, of the domains in `order` (all, by name, where it is None)."""
+    known, root = sorted(set(names)), images.images.root
+    order = list(order or known)
+    number = {name: domain for domain, name in enumerate(order)}
+    for name in order:
+        if name not in known:
+            raise DataError(f"--domain_order {name}: {root} has the task folders {', '.join(known)}")
+    domains = torch.tensor([number.get(name, -1) for name in names])
+    images = replace(images, domains=domains, domain_names=tuple(order)).subset((domains >= 0).nonzero()[:, 0])
+    for domain, name in enumerate(order):
+        own = set(images.labels[images.domains == domain].tolist())
+        lacking = [c for label, c in enumerate(images.classes) if label not in own]
+        if lacking:
+            raise DataError(
+                f"task folder {root / name} lacks the classes {_some(lacking)} of the other tasks: all need the same ones"
+            )
+    return images
+
+
+def _some(names):
+    return ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+
+
+DATASETS = {
+    "digits": digits,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "svhn": svhn,
+    "stl10": stl10,
+    "imagenet100": imagenet100,
+    "imagenet": imagenet,
+    "domainnet": domainnet,
+    "folder": folder,
+}
 
 
 def load_dataset(args):
-    """The (train, test) ImageSets that --dataset, --data_dir, --download and --cache_dir ask for.
+    """The (train, probe, test) ImageSets that the data flags ask for: what is trained on, what a classifier is trained on
+    (train itself in most cases) and what it is tested on; probe and test are None where there are no labels to evaluate with.
 
-    Raises DataError where they are missing, unreadable, or do not have the same classes.
+    Raises DataError where they are missing, unreadable, or do not fit each other.
     """
+    if args.domain_order and len(set(args.domain_order)) < len(args.domain_order):
+        raise DataError(f"--domain_order {' '.join(args.domain_order)} names a domain twice")
     train, test = DATASETS[args.dataset]("train", args), DATASETS[args.dataset]("test", args)
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        shown = ", ".join(odd[:5]) + (", ..." if len(odd) > 5 else "")
-        raise DataError(f"{args.data_dir}: train and test have different classes ({shown} in only one of them)")
-    return train, test
+    if args.domain_order and train.domains is None:
+        raise DataError(f"--domain_order: {args.dataset} in {args.data_dir} has no domains")
+    if args.download and train.streams:
+        raise DataError(f"--download: {args.dataset} has to be fetched by hand; put it into --data_dir {args.data_dir}")
+    if args.probe_data_dir:
+        other = copy.copy(args)
+        other.dataset, other.data_dir, other.domain_order = "folder", args.probe_data_dir, None
+        train.probe, test = folder("train", other), folder("test", other)
+        if not train.probe.classes or test is None:
+            raise DataError(f"--probe_data_dir {args.probe_data_dir} needs labelled images in train/<class>/ and test/<class>/")
+    probe = train.probe or train
+    if test is None or (probe.labels < 0).all():
+        probe = test = None
+    elif probe.classes != test.classes:
+        raise DataError(
+            f"{args.probe_data_dir or args.data_dir}: train and test have different classes "
+            f"({_some(set(probe.classes) ^ set(test.classes))} in only one of them)"
+        )
+    elif probe.domain_names != test.domain_names:
+        odd = _some(set(probe.domain_names) ^ set(test.domain_names))
+        raise DataError(f"{args.data_dir}: train and test have different task folders ({odd} in only one of them)")
+    for name, images in {"train": train, "probe": train.probe, "test": test}.items():
+        if images is not None:
+            images.mean, images.std = train.mean, train.std  # what the network is trained with
+            if images.streams and args.cache != "none":
+                add_cache(images.images, f"{args.dataset}_{name}", args)
+    return train, probe, test

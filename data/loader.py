@@ -17,8 +17,9 @@ def generator(*key):
 class Loader:
     """Serves one task: the images stay on the device, a batch is one gather, both views are made for it at once.
 
-    images: uint8 [N, 3, H, W] of the whole data set, on the device; indices: int64 [n], the task's samples; batch_size: of
-    all ranks together, of which this one gets the share rank / world. The last incomplete batch of an epoch is dropped.
+    images: uint8 [N, 3, H, W] of the whole data set, on the device (in StreamLoader, a Stream); indices: int64 [n], the task's
+    samples; batch_size: of all ranks together, of which this one gets the share rank / world. The last incomplete batch of an
+    epoch is dropped.
     Raises DataError if the task is smaller than a batch.
     """
 
@@ -33,20 +34,28 @@ class Loader:
         self.share = slice(rank * share, (rank + 1) * share)
         self.steps = len(indices) // batch_size  # per epoch
 
-    def epoch(self, epoch, first_step=0):
-        """Yields (view 1, view 2), float [N/world, 3, S, S], for the steps of an epoch from first_step on."""
+    skipped = 0  # images that could not be read
+
+    def batches(self, epoch, first_step=0):
+        """The indices int64 [N/world] of this rank for each step of an epoch, from first_step on."""
         order = self.indices[torch.randperm(len(self.indices), generator=generator(self.seed, self.task, epoch))]
         for step in range(first_step, self.steps):
-            batch = order[step * self.batch_size : (step + 1) * self.batch_size][self.share]
-            images = self.images[batch.to(self.images.device, non_blocking=True)]
-            yield self.augment(images, epoch, step)
+            yield order[step * self.batch_size : (step + 1) * self.batch_size][self.share]
 
-    def augment(self, images, epoch, step):
-        """Parameters are drawn for the global batch and sliced: N ranks see what one process sees."""
+    def epoch(self, epoch, first_step=0):
+        """Yields (view 1, view 2), float [N/world, 3, S, S], for the steps of an epoch from first_step on."""
+        for step, batch in enumerate(self.batches(epoch, first_step), first_step):
+            images = self.images[batch.to(self.images.device, non_blocking=True)]
+            yield self.augment([images, images], epoch, step, images.shape[-2:])
+
+    def augment(self, images, epoch, step, size=(None, None)):
+        """images: for each view, uint8 [N/world, 3, H, W], or crops, where size is (None, None).
+
+        Parameters are drawn for the global batch and sliced: N ranks see what one process sees.
+        """
         rng = generator(self.seed, self.task, epoch, step)
-        size = self.images.shape[-2:]
         params = [augment.draw(view, self.batch_size, *size, rng)[self.share] for view in self.views]
-        return [augment.make_view(images, p, v, self.mean, self.std) for p, v in zip(params, self.views)]
+        return [augment.make_view(x, p, v, self.mean, self.std) for x, p, v in zip(images, params, self.views)]
 
 
 def plain_batches(images, size, mean, std, batch_size=512):

@@ -382,7 +382,7 @@ def test_views_differ_from_each_other_and_by_seed_task_epoch_and_step():
     for seed, task, epoch, step in moments:
         loader = noise_loader(images, 8, seed=seed, task=task)
         loader.views = [BUSY, BUSY]
-        views += loader.augment(images, epoch, step)
+        views += loader.augment([images, images], epoch, step, images.shape[-2:])
     for a, b in itertools.combinations(views, 2):
         assert not any(torch.equal(*pair) for pair in zip(a, b))
 

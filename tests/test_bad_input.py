@@ -11,7 +11,6 @@ from PIL import Image
 import main_cssl
 import main_linear
 from data.datasets import load_dataset
-from data.decode import load_folder
 
 
 def fails(capsys, flags, *words, script=main_cssl):
@@ -39,6 +38,11 @@ def folders(tmp_path):
             for i in range(4):
                 Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(place / f"{i}.png")
     return tmp_path / "data"
+
+
+def pixels(data, extra=""):
+    """uint8 [N, 3, H, W] of the training images."""
+    return load_dataset(main_cssl.parse_arguments(small(data, data / "run", extra).split()))[0].images
 
 
 def small(data, out, extra=""):
@@ -81,7 +85,7 @@ def test_odd_images_are_read(folders):
     Image.new("P", (8, 8), 3).save(place / "2.png", transparency=b"\x00\x10")
     Image.new("RGBA", (8, 8), (9, 8, 7, 100)).save(place / "3.png")
     (place / "._0.png").write_bytes(b"metadata")
-    images = load_folder(folders / "train")[0]
+    images = pixels(folders)
     assert len(images) == 8 and torch.equal(images[0], images[1]) and images[3, :, 0, 0].tolist() == [9, 8, 7]
 
 
@@ -177,25 +181,25 @@ def test_diverged_run_names_step_task_and_checkpoint(tmp_path, capsys, monkeypat
 
 def test_cache(folders, tmp_path, capsys):
     """Decoded once; a stale, truncated or damaged cache is made again; one that cannot be written is done without."""
-    first = load_folder(folders / "train")[0]
-    cache = folders / ".train_uint8.npz"
+    first = pixels(folders)
+    cache = next(folders.glob(".cifar100_train_*.cache"))
     written = cache.stat().st_mtime_ns
-    assert torch.equal(load_folder(folders / "train")[0], first) and cache.stat().st_mtime_ns == written
+    assert torch.equal(pixels(folders), first) and cache.stat().st_mtime_ns == written
     whole = cache.read_bytes()
     middle = len(whole) // 2
     for damaged in (whole[:middle], b"", whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]):
         cache.write_bytes(damaged)
-        assert torch.equal(load_folder(folders / "train")[0], first)
+        assert torch.equal(pixels(folders), first)
         assert re.search("warning: cache .* is damaged", capsys.readouterr().err)
     Image.new("RGB", (8, 8), (1, 2, 3)).save(folders / "train" / "ant" / "0.png")
-    changed = load_folder(folders / "train")[0]
+    changed = pixels(folders)
     assert changed[0, :, 0, 0].tolist() == [1, 2, 3] and torch.equal(changed[1:], first[1:])
     cache.unlink()
     cache.mkdir()  # stands for a place that cannot be written, also to root
-    assert torch.equal(load_folder(folders / "train")[0], changed)
+    assert torch.equal(pixels(folders), changed)
     assert "--cache_dir" in capsys.readouterr().err
-    assert torch.equal(load_folder(folders / "train", tmp_path / "elsewhere")[0], changed)
-    assert len(list((tmp_path / "elsewhere").iterdir())) == 1
+    assert torch.equal(pixels(folders, f"--cache_dir {tmp_path / 'elsewhere'}"), changed)
+    assert len(list((tmp_path / "elsewhere").glob("*.cache"))) == 2
 
 
 def test_torchvision_layout(tmp_path, capsys, monkeypatch):
@@ -215,7 +219,7 @@ def test_torchvision_layout(tmp_path, capsys, monkeypatch):
     fails(capsys, flags, "no CIFAR100 in", "--download")
     monkeypatch.setattr(CIFAR100, "_check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: True)
-    train, test = load_dataset(main_cssl.parse_arguments(flags.split()))
+    train, _, test = load_dataset(main_cssl.parse_arguments(flags.split()))
     assert (
         train.classes == names and train.images.shape == (200, 3, 32, 32) and test.labels.tolist() == [i % 100 for i in range(200)]
     )

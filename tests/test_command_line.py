@@ -17,7 +17,8 @@ from utils.compare import compare
 from utils.run import Run
 
 FLAGS = """
---dataset --data_dir --download --cache_dir --scenario --num_tasks --image_size --min_scale --blur_p --solarize_p --method
+--dataset --data_dir --download --probe_data_dir --domain_order --workers --cache --cache_size --cache_dir --skip_corrupt
+--scenario --num_tasks --image_size --min_scale --blur_p --solarize_p --method
 --regularizer --backbone --width --stem --init_from --epochs --batch_size --optimizer --lr --weight_decay --warmup_epochs --seed
 --device --precision --compile --eval --probe_lr --out_dir --save_every --log_every --moco_hidden --moco_dim --moco_queue_size
 --moco_tau --moco_tau_distill --moco_ema --predictor_hidden --teacher_bn --pnr_pseudo_negatives
@@ -49,7 +50,7 @@ def test_flags_stay(capsys):
 def test_run_folder(folder):
     names = {path.name.split(".out.")[0] for path in folder.iterdir()} - {".lock"}
     assert names == {"config.json", "metrics.jsonl", "results.json", "accuracy_matrix.png", "task0.pt", "task1.pt", "last.pt",
-                     "last.prev.pt", "events"}  # fmt: skip
+                     "last.prev.pt", "split.pt", "events"}  # fmt: skip
     config = json.loads((folder / "config.json").read_text())
     assert config["arguments"]["seed"] == 5 and {"torch", "torchvision", "numpy", "python"} <= config["versions"].keys()
     results = json.loads((folder / "results.json").read_text())

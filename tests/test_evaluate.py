@@ -5,8 +5,6 @@ import torch
 import torch.nn.functional as F
 from conftest import arguments
 
-from data import DataError
-from data.scenarios import split
 from models import build_backbone
 from utils import evaluate
 from utils.collapse import health
@@ -36,21 +34,10 @@ def test_what_is_not_known_is_null():
 
 def test_accuracy_row():
     labels, predictions = torch.tensor([0, 0, 1, 2, 3, 3]), torch.tensor([0, 1, 1, 3, 3, 3])
-    assert evaluate.accuracy_row(predictions, labels, [torch.tensor([0, 1]), torch.tensor([3, 2])]) == [66.6667, 66.6667]
-
-
-@pytest.mark.parametrize("tasks", [1, 5, 10])
-def test_split(tasks):
-    """The released code's order; parts are disjoint, cover everything, and hold whole classes."""
-    labels = torch.arange(100).repeat(7)[torch.randperm(700)]
-    indices, classes = split(labels, 100, "class", tasks, seed=5)
-    torch.manual_seed(5)
-    assert torch.equal(torch.cat(classes), torch.randperm(100))
-    assert sorted(torch.cat(indices).tolist()) == list(range(700))
-    for part, own in zip(indices, classes):
-        assert set(labels[part].tolist()) == set(own.tolist()) and len(part) == 7 * len(own) == 700 // tasks
-    with pytest.raises(DataError, match="does not divide"):
-        split(labels, 100, "class", 3, seed=5)
+    parts = [torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5])]
+    assert evaluate.accuracy_row(predictions, labels, parts) == [66.6667, 66.6667]
+    labels[3] = -1  # an image that could not be read
+    assert evaluate.accuracy_row(predictions, labels, parts) == [66.6667, 100.0]
 
 
 def test_knn_against_a_loop():

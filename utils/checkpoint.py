@@ -149,9 +149,9 @@ def load_strictly(module, state, path, what):
     module.load_state_dict(state, strict=True)
 
 
-def load_method(method, path, what, classes):
+def load_method(method, path, what, tasks):
     """Puts the network of a first task into a method: all of it from a task0.pt, backbone and projector (and twin) from other
-    layouts. classes: those of this run's tasks; raises RunError if a task0.pt is of others, or is no task0.pt.
+    layouts. tasks: the names of this run's tasks; raises RunError if a task0.pt is of others, or is no task0.pt.
 
     Where a checkpoint has no EMA twin, the twin starts as a copy of the student; a queue it does not have stays random.
     """
@@ -166,5 +166,5 @@ def load_method(method, path, what, classes):
                 state.setdefault(key, own[key])
         state = {k: v for k, v in state.items() if k in own or k.startswith(("backbone.", "projector."))}
     load_strictly(method, state, path, what)
-    if network.get("task", 0) != 0 or network.get("classes", classes)[:1] != classes[:1]:
-        raise RunError(f"{path} is not a network of this run's first task: it was trained on another task or other classes")
+    if network.get("task", 0) != 0 or network.get("tasks", tasks)[:1] != tasks[:1]:
+        raise RunError(f"{path} is not a network of this run's first task: it was trained on other data")

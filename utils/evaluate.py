@@ -84,10 +84,14 @@ def classify(args, train_x, train_y, test_x, num_classes):
     return knn(train_x, train_y, test_x, num_classes)
 
 
-def accuracy_row(predictions, labels, task_classes):
-    """Accuracy in percent on the classes of each task: a list of floats, one row of the matrix."""
-    correct = predictions == labels
-    return [round(100 * correct[torch.isin(labels, c.to(labels.device))].double().mean().item(), 4) for c in task_classes]
+def accuracy_row(predictions, labels, parts):
+    """Accuracy in percent on each task: a list of floats, one row of the matrix.
+
+    predictions, labels: int64 [M], labels -1 for none, which do not count; parts: for each task the int64 indices that it is
+    tested on.
+    """
+    correct, known = (predictions == labels).double().cpu(), (labels >= 0).cpu()
+    return [round(100 * correct[part][known[part]].mean().item(), 4) for part in parts]
 
 
 def average_accuracy(matrix):

@@ -101,16 +101,17 @@ class Progress:
         if self.bar is not None:
             self.bar.update()
 
-    def say(self, loss, lr, images_per_second):
+    def say(self, loss, lr, images_per_second, waiting):
+        speed = f"{images_per_second:.0f} images/s, {100 * waiting:.0f} % waiting for data"
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.4f}, {images_per_second:.0f} images/s")
+            self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.4f}, {speed}")
         elif self.shown and self.done != self.printed_done and self.line_is_due():
             self.printed, self.printed_done = time.monotonic(), self.done
             left = (self.total - self.done) * (self.printed - self.start) / max(self.done - self.start_done, 1)
             eta = time.strftime("%H:%M:%S", time.gmtime(left)) if left < 86400 else f"{left / 86400:.1f} days"
             epoch = max(self.done - 1, 0) // self.steps + 1
             print(f"{self.title} epoch {epoch}/{self.epochs} step {self.done}/{self.total} loss {loss:.4f} lr {lr:.4f} "
-                  f"{images_per_second:.0f} images/s, {eta} left", flush=True)  # fmt: skip
+                  f"{speed}, {eta} left", flush=True)  # fmt: skip
 
     def line_is_due(self):
         return self.done == self.total or time.monotonic() - self.printed > PLAIN_SECONDS

@@ -20,7 +20,9 @@ from utils.evaluate import plot_matrix
 from utils.log import Log
 
 # arguments that may differ when a run is resumed: they change where and how fast it runs, not what it computes
-FREE = {"out_dir", "data_dir", "download", "cache_dir", "device", "compile", "save_every", "log_every"}
+FREE = {"out_dir", "data_dir", "download", "cache_dir", "device", "compile", "save_every", "log_every", "workers", "skip_corrupt"}
+PROTOCOL = {"eval", "probe_lr", "probe_data_dir"}  # may change until a task is finished
+SPLIT = "split.pt"
 
 
 def write_text(path, text):
@@ -100,12 +102,13 @@ class Run:
     """A run folder and all that must survive an interruption.
 
     Its counters say where the run is: task, epoch, step (of the epoch), global_step; finished tasks, the accuracy matrix so
-    far, and the row of a random backbone. process: only rank 0 writes. data: what identifies images and split, checked at resume.
+    far, and the row of a random backbone. process: only rank 0 writes. data: what identifies images and tasks; indices: of
+    the images of each task, kept in split.pt. Both are compared at resume.
     """
 
     COUNTERS = {"task": 0, "epoch": 0, "step": 0, "global_step": 0, "finished": 0, "matrix": [], "random_row": None}
 
-    def __init__(self, arguments, data, process):
+    def __init__(self, arguments, data, indices, process):
         self.folder, self.main = Path(arguments["out_dir"]), process.main
         self.arguments, self.data = json.loads(json.dumps(arguments)), data  # as they will be read back: tuples become lists
         self.lock = process.first(lambda: open_folder(self.folder, self.arguments) if self.main else None)
@@ -114,6 +117,8 @@ class Run:
         vars(self).update(self.saved["counters"] if self.resumed else {**self.COUNTERS, "matrix": []})
         if self.resumed:
             self.check_experiment(self.saved["arguments"])
+        if self.main:
+            self.check_split(indices)
         complete = self.finished == arguments["num_tasks"]
         size = self.saved["metrics_size"] if self.resumed else 0
         self.log = Log(self.folder if self.main and not complete else None, size, self.global_step)
@@ -124,12 +129,21 @@ class Run:
     def check_experiment(self, arguments):
         """Raises RunError unless the checkpoint is of these arguments and data. Until a task is finished the
         protocol may still change, for instance to mend a probe that diverged."""
-        protocol = {"eval", "probe_lr"}
-        compare_arguments(self.folder, arguments, self.arguments, FREE if self.finished else FREE | protocol)
-        if any(arguments[name] != self.arguments[name] for name in protocol):
+        compare_arguments(self.folder, arguments, self.arguments, FREE if self.finished else FREE | PROTOCOL)
+        if any(arguments.get(name) != self.arguments[name] for name in PROTOCOL):
             self.random_row = None
         if self.saved["data"] != self.data:
             raise RunError(f"{self.folder} was trained on other data, or on another split of it: the files have changed since")
+
+    def check_split(self, indices):
+        """Writes split.pt: for each task the indices of its images; raises RunError where the one of this run is another."""
+        path = self.folder / SPLIT
+        if self.resumed and path.exists():
+            saved = checkpoint.load(path)
+            if len(saved) != len(indices) or not all(torch.equal(a, b) for a, b in zip(saved, indices)):
+                raise RunError(f"{path} is not the split that these flags and data give: has a file been copied into the folder?")
+        else:
+            checkpoint.save(path, indices)
 
     def restore(self, **parts):
         """load_state_dict of every part, once, from the checkpoint that the run resumes from."""

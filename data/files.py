@@ -1,0 +1,127 @@
+"""Image files: finding them below a folder, and decoding one."""
+
+import hashlib
+import io
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from data import DataError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+class Files:
+    """Image files that are decoded when they are needed, or read from a cache of them (data/cache.py).
+
+    root: their folder; names: their paths below it, as strings or as the array of bytes that is kept here: a list of a million
+    strings would be copied, page by page, into every worker process.
+    """
+
+    def __init__(self, root, names, cache=None):
+        self.root, self.cache = Path(root), cache
+        self.names = names if isinstance(names, np.ndarray) else np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, indices):
+        """The chosen files, from an int64 tensor or array."""
+        rows = np.asarray(indices)
+        return Files(self.root, self.names[rows], None if self.cache is None else self.cache[rows])
+
+    def path(self, i):
+        return self.root / os.fsdecode(bytes(self.names[i]))
+
+    def decode(self, i):
+        """uint8 [3, H, W], RGB, upright. Raises DataError if the file cannot be read."""
+        image = None if self.cache is None else self.cache.image(i)
+        return decode(self.path(i)) if image is None else image
+
+    def checksum(self):
+        """Of the names."""
+        return zlib.crc32(b"\n".join(self.names.tolist()))
+
+    def fingerprint(self):
+        """Hexadecimal; changes whenever a file is added, removed, renamed, or written. Raises DataError if one is missing."""
+        digest = hashlib.sha256()
+        for i, name in enumerate(self.names.tolist()):
+            try:
+                status = os.stat(self.path(i))
+            except OSError as error:
+                raise DataError(f"cannot read {self.path(i)}: {error.strerror}") from error
+            digest.update(b"%s|%d|%d\n" % (name, status.st_size, status.st_mtime_ns))
+        return digest.hexdigest()
+
+
+def decode(path):
+    """uint8 [3, H, W], RGB, upright, in the memory format channels_last. Raises DataError if the file cannot be read.
+
+    torchvision reads JPEG files faster than Pillow and to the same bits; Pillow reads the rest, and has the last word on
+    files that torchvision refuses.
+    """
+    try:
+        data = np.fromfile(path, np.uint8)
+        if data[:2].tobytes() == b"\xff\xd8":
+            try:
+                return decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB, apply_exif_orientation=True)
+            except RuntimeError:
+                pass
+        with Image.open(io.BytesIO(data)) as image:
+            return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+    except UNREADABLE as error:
+        reason = "the file is empty" if isinstance(error, UnidentifiedImageError) and not len(data) else type(error).__name__
+        raise DataError(f"cannot decode {path} ({reason}): replace or remove it") from error
+
+
+def to_rgb(image):
+    """The Pillow image as it is meant to be seen: turned as EXIF says, RGB, 16 bits brought to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, which convert would clip at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def list_images(root, folders=None):
+    """The names of all images below root (or below these folders of it), sorted folder by folder; hidden ones are passed over.
+
+    Raises DataError if there is no such folder, no image at all, or a folder with neither images nor folders in it.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"no folder {root}: expected one folder of images per class in it; check --data_dir")
+    names = []
+    for place in [root] if folders is None else [root / folder for folder in folders]:
+        for folder, inner, files in os.walk(place, followlinks=True):
+            inner[:] = sorted(name for name in inner if not name.startswith("."))
+            images = sorted(f for f in files if f.lower().endswith(SUFFIXES) and not f.startswith("."))
+            if not images and not inner:
+                if Path(folder) == root:
+                    raise DataError(f"{root} holds no class folders: expected {root}/<class>/<image>.png or .jpg")
+                raise DataError(f"class folder {folder} holds no PNG or JPEG images: add some or remove the folder")
+            prefix = os.path.relpath(folder, root)
+            names += images if prefix == "." else [f"{prefix}/{name}" for name in images]
+    return names
+
+
+def list_classes(root, folders=None):
+    """root/<class>/<image>: the names of the images, their labels (int64 [N]) and the sorted class names.
+
+    folders: the classes that are wanted, where not all are. Raises DataError where images lie elsewhere than in class folders.
+    """
+    names = list_images(root, folders)
+    parts = [name.split("/") for name in names]
+    odd = next((name for name, p in zip(names, parts) if len(p) != 2), None)
+    if odd is not None:
+        raise DataError(f"{Path(root) / odd} does not lie in a class folder: expected {root}/<class>/<image>")
+    classes = sorted({p[0] for p in parts})
+    number = {name: label for label, name in enumerate(classes)}
+    return names, torch.tensor([number[p[0]] for p in parts]), classes

@@ -1,0 +1,160 @@
+"""Images of different sizes: worker processes decode them and cut their crops, everything else happens on the device."""
+
+import os
+import signal
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from data import DataError, augment
+from data.loader import Loader, generator
+
+CHUNK = 16  # images held decoded at a time
+TIMEOUT = 600  # seconds that a batch may take
+EVALUATION_SCALE = 256 / 224  # evaluation sees the centre of an image whose short side is this many times the crop's
+
+
+class Crops(Dataset):
+    """What a worker makes of a request (indices, key): uint8 [n, V, S, S, 3] of n files, and what could not be read.
+
+    With a key (integers: seed, task, epoch) these are V random resized crops for the two views, which depend on the key and
+    on the sample and on nothing else; without one V is 1, the centre. A file that cannot be read has the crops of the next
+    one that can, and stands in the dict {index: why}.
+    """
+
+    def __init__(self, files, size, min_scales=(1.0,)):
+        self.files, self.size, self.min_scales = files, size, min_scales
+
+    def __getitem__(self, request):
+        indices, key = request
+        views = 1 if key is None else len(self.min_scales)
+        crops = torch.empty(len(indices), views, self.size, self.size, 3, dtype=torch.uint8)
+        if torch.utils.data.get_worker_info() is not None:
+            crops.share_memory_()  # so that it reaches the main process without a copy
+        unreadable = {}
+        for start in range(0, len(indices), CHUNK):
+            chunk = indices[start : start + CHUNK].tolist()
+            images = [self.decode(i, unreadable) for i in chunk]
+            height, width = torch.tensor([(0, 0) if x is None else x.shape[1:] for x in images], dtype=torch.float32).T
+            for v in range(views):
+                boxes = centre_boxes(height, width) if key is None else self.random_boxes(key, v, chunk, height, width)
+                for n, (image, box) in enumerate(zip(images, torch.stack(boxes, dim=1).int().tolist())):
+                    if image is not None:
+                        crops[start + n, v] = crop(image, box, self.size)
+        if unreadable:
+            good = [n for n, i in enumerate(indices.tolist()) if i not in unreadable]
+            for n, i in enumerate(indices.tolist()):
+                if i in unreadable and good:
+                    crops[n] = crops[next((g for g in good if g > n), good[0])]
+        return crops, unreadable
+
+    def decode(self, i, unreadable):
+        try:
+            return self.files.decode(i)
+        except DataError as error:
+            unreadable[i] = str(error)
+
+    def random_boxes(self, key, view, indices, height, width):
+        u = torch.stack([torch.rand(4, augment.CROP_TRIES, generator=generator(*key, view, i)) for i in indices], dim=1)
+        return augment.boxes(u, height, width, self.min_scales[view])
+
+
+def crop(image, box, size):
+    """The box (top, left, height, width) of a uint8 [3, H, W], resized: uint8 [size, size, 3]. Antialiased bicubic."""
+    top, left, height, width = box
+    part = image[:, top : top + height, left : left + width].unsqueeze(0)
+    return F.interpolate(part, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+
+
+def centre_boxes(height, width):
+    """The largest centred squares, without the border that EVALUATION_SCALE leaves out."""
+    side = (torch.minimum(height, width) / EVALUATION_SCALE).round()
+    return ((height - side) / 2).floor(), ((width - side) / 2).floor(), side, side
+
+
+class Requests:
+    """The DataLoader's sampler: gives out the requests of the next round."""
+
+    next = ()
+
+    def __iter__(self):
+        return iter(self.next)
+
+
+class Stream:
+    """A pool of workers that turns requests into crops on the device, in order, prefetching.
+
+    skipped: {index: why} of files that could not be read, if they may be skipped; else the first one raises DataError.
+    """
+
+    def __init__(self, crops, workers, device, skip_corrupt=False, persistent=True):
+        self.files, self.device, self.skip_corrupt = crops.files, device, skip_corrupt
+        self.requests, self.skipped = Requests(), {}
+        self.loader = DataLoader(
+            crops,
+            batch_size=None,
+            sampler=self.requests,
+            num_workers=workers,
+            persistent_workers=persistent and workers > 0,
+            pin_memory=device.type == "cuda",
+            timeout=TIMEOUT if workers else 0,
+            worker_init_fn=leave_signals,
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # the files are not copied
+            generator=torch.Generator(),  # so that PyTorch's own one stays untouched
+        )
+
+    def batches(self, requests):
+        """Yields uint8 [n, V, S, S, 3] on the device for every request."""
+        self.requests.next = requests
+        for crops, unreadable in self.loader:
+            for i, reason in unreadable.items():
+                self.skip(i, reason)
+            if len(unreadable) == len(crops) > 1:
+                raise DataError(f"{reason}; so are all other images of its batch: is the disk there?")
+            yield crops.to(self.device, non_blocking=True)
+
+    def skip(self, i, reason):
+        if not self.skip_corrupt:
+            raise DataError(f"{reason}, or pass --skip_corrupt to go on without it")
+        if i not in self.skipped:
+            print(f"warning: skipped: {reason}", file=sys.stderr)
+        self.skipped[i] = reason
+
+
+class StreamLoader(Loader):
+    """A Loader whose images are the crops that a Stream yields."""
+
+    @property
+    def skipped(self):
+        return len(self.images.skipped)
+
+    def epoch(self, epoch, first_step=0):
+        key = (self.seed, self.task, epoch)
+        requests = ((batch, key) for batch in self.batches(epoch, first_step))
+        for step, crops in enumerate(self.images.batches(requests), first_step):
+            yield self.augment(crops.permute(1, 0, 4, 2, 3), epoch, step)  # a view's crops: N x 3 x S x S
+
+
+def plain_stream(images, size, mean, std, device, workers, skip_corrupt=False, batch_size=256):
+    """plain_batches for an ImageSet of files: the centre of each image. One that is skipped loses its label."""
+    stream = Stream(Crops(images.images, size), workers, device, skip_corrupt, persistent=False)
+    requests = ((part, None) for part in torch.arange(len(images.images)).split(batch_size))
+    for crops in stream.batches(requests):
+        x = crops[:, 0].permute(0, 3, 1, 2).float().div_(255)
+        yield augment.normalize(x, mean, std).contiguous(memory_format=torch.channels_last)
+    images.labels[list(stream.skipped)] = -1
+
+
+def leave_signals(worker):
+    """Signals are for the main process, which ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def default_workers():
+    """Processes that decode, so that all ranks of this machine together use its cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
