@@ -17,7 +17,7 @@ EVALUATION_SCALE = 256 / 224  # evaluation sees the centre of an image whose sho
 
 
 class Crops(Dataset):
-    """What a worker makes of a request (indices, key): uint8 [n, V, S, S, 3] of n files, and what could not be read.
+    """What a worker makes of a request (indices, key): uint8 [n, V, 3, S, S] of n files, and what could not be read.
 
     With a key (integers: seed, task, epoch) these are V random resized crops for the two views, which depend on the key and
     on the sample and on nothing else; without one V is 1, the centre. A file that cannot be read has the crops of the next
@@ -30,7 +30,7 @@ class Crops(Dataset):
     def __getitem__(self, request):
         indices, key = request
         views = 1 if key is None else len(self.min_scales)
-        crops = torch.empty(len(indices), views, self.size, self.size, 3, dtype=torch.uint8)
+        crops = torch.empty(len(indices), views, 3, self.size, self.size, dtype=torch.uint8)
         if torch.utils.data.get_worker_info() is not None:
             crops.share_memory_()  # so that it reaches the main process without a copy
         unreadable = {}
@@ -62,10 +62,10 @@ class Crops(Dataset):
 
 
 def crop(image, box, size):
-    """The box (top, left, height, width) of a uint8 [3, H, W], resized: uint8 [size, size, 3]. Antialiased bicubic."""
+    """The box (top, left, height, width) of a uint8 [3, H, W], resized: uint8 [3, size, size]. Antialiased bicubic."""
     top, left, height, width = box
     part = image[:, top : top + height, left : left + width].unsqueeze(0)
-    return F.interpolate(part, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+    return F.interpolate(part, (size, size), mode="bicubic", antialias=True)[0]
 
 
 def centre_boxes(height, width):
@@ -106,7 +106,7 @@ class Stream:
         )
 
     def batches(self, requests):
-        """Yields uint8 [n, V, S, S, 3] on the device for every request."""
+        """Yields uint8 [n, V, 3, S, S] on the device for every request."""
         self.requests.next = requests
         for crops, unreadable in self.loader:
             for i, reason in unreadable.items():
@@ -134,7 +134,7 @@ class StreamLoader(Loader):
         key = (self.seed, self.task, epoch)
         requests = ((batch, key) for batch in self.batches(epoch, first_step))
         for step, crops in enumerate(self.images.batches(requests), first_step):
-            yield self.augment(crops.permute(1, 0, 4, 2, 3), epoch, step)  # a view's crops: N x 3 x S x S
+            yield self.augment(crops.transpose(0, 1), epoch, step)
 
 
 def plain_stream(images, size, mean, std, device, workers, skip_corrupt=False, batch_size=256):
@@ -142,7 +142,7 @@ def plain_stream(images, size, mean, std, device, workers, skip_corrupt=False, b
     stream = Stream(Crops(images.images, size), workers, device, skip_corrupt, persistent=False)
     requests = ((part, None) for part in torch.arange(len(images.images)).split(batch_size))
     for crops in stream.batches(requests):
-        x = crops[:, 0].permute(0, 3, 1, 2).float().div_(255)
+        x = crops[:, 0].float().div_(255)
         yield augment.normalize(x, mean, std).contiguous(memory_format=torch.channels_last)
     images.labels[list(stream.skipped)] = -1
 

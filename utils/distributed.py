@@ -1,5 +1,7 @@
 """One process, or one of many that torchrun started."""
 
+import contextlib
+import ctypes
 import os
 from dataclasses import dataclass
 
@@ -59,9 +61,21 @@ def start(device):
             raise RunError(f"{local + 1} processes or more on a machine with {torch.cuda.device_count()} CUDA devices: start fewer")
         torch.cuda.set_device(local)
         torch.backends.cudnn.benchmark = True
+    else:
+        keep_heap()
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     return Process(torch.device("cuda", local) if cuda else torch.device("cpu"), rank, world)
+
+
+def keep_heap():
+    """Asks glibc, where there is one, to keep freed memory: to give a step's tensors back to the system and to fetch them anew,
+    page by page, takes a CPU longer than to fill them."""
+    trim_threshold, mmap_max = -1, -4
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(trim_threshold, -1)  # never
+        library.mallopt(mmap_max, 0)  # large tensors, too, come from the heap
 
 
 def stop():

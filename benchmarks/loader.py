@@ -1,0 +1,197 @@
+"""Images per second from JPEG files to two normalised float views: this project's loader, without and with its disk cache, and
+torchvision's ImageFolder with a two-crop pipeline on PIL images in a DataLoader with the same number of workers.
+
+    python benchmarks/loader.py --workers 2
+
+The files are made up (500x375 pixels by default) and read from the page cache of the machine. Every round is one epoch over
+all of them; the contenders take turns, so that a busy machine slows them all alike, and the median round counts. Then the parts
+are timed apart, on one core. With a GPU the colours and the blur of this project's views are its work.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import transforms as T
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import main_cssl
+from data import augment
+from data.augment import BLUR_RADIUS, BLUR_SIGMA, ViewConfig
+from data.datasets import IMAGENET_STATS, load_dataset
+from data.files import decode
+from data.loader import generator
+from data.stream import Crops, Stream, StreamLoader, crop, default_workers
+from utils import distributed
+
+VIEWS = ((1.0, 0.0), (0.1, 0.2))  # the papers' probabilities of blur and solarising for ImageNet-100
+
+
+def make_files(root, count, width, height):
+    """Smooth colours with some noise: about 70 kB at 500x375, as photographs of that size."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        place = root / "train" / f"class{i % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        coarse = rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
+        smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.BICUBIC), dtype=np.float32)
+        noisy = smooth + rng.normal(0, 8, smooth.shape).astype(np.float32)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(place / f"{i}.jpg", quality=90)
+
+
+def pil_parts(blur_p, solarize_p, size):
+    """One view of the usual pipeline, in four parts."""
+    v = ViewConfig(size)
+    jitter = T.RandomApply([T.ColorJitter(v.brightness, v.contrast, v.saturation, v.hue)], v.jitter_p)
+    blur = T.RandomApply([T.GaussianBlur(2 * BLUR_RADIUS + 1, BLUR_SIGMA)], blur_p)
+    return {
+        "crop": [T.RandomResizedCrop(size, (v.min_scale, 1), interpolation=T.InterpolationMode.BICUBIC)],
+        "colour": [jitter, T.RandomGrayscale(v.grey_p)],
+        "blur": [blur],
+        "rest": [T.RandomSolarize(128, solarize_p), T.RandomHorizontalFlip(v.flip_p), T.ToTensor(), T.Normalize(*IMAGENET_STATS)],
+    }
+
+
+class TwoViews:
+    """torchvision's transforms, twice on one PIL image."""
+
+    def __init__(self, size):
+        self.pipelines = [T.Compose([f for part in pil_parts(*p, size).values() for f in part]) for p in VIEWS]
+
+    def __call__(self, image):
+        return [pipeline(image) for pipeline in self.pipelines]
+
+
+def theirs(root, args, device):
+    """A function that runs through one epoch and returns the number of images."""
+    files = torchvision.datasets.ImageFolder(root / "train", TwoViews(args.image_size))
+    loader = DataLoader(
+        files,
+        args.batch_size,
+        shuffle=True,
+        num_workers=args.workers,
+        drop_last=True,
+        persistent_workers=args.workers > 0,
+        pin_memory=device.type == "cuda",
+    )
+
+    def epoch(number):
+        return sum(len([v.to(device, non_blocking=True) for v in views][-1]) for views, _ in loader)
+
+    return epoch
+
+
+def ours(root, args, device, cache):
+    flags = main_cssl.parse_arguments(["--dataset", "folder", "--data_dir", str(root), "--cache", cache])
+    train = load_dataset(flags)[0]
+    views = [ViewConfig(args.image_size, blur_p=b, solarize_p=s) for b, s in VIEWS]
+    stream = Stream(Crops(train.images, args.image_size, [v.min_scale for v in views]), args.workers, device)
+    loader = StreamLoader(stream, torch.arange(len(train.labels)), args.batch_size, views, *IMAGENET_STATS, 0, 0)
+    return lambda number: sum(len(view1) for view1, view2 in loader.epoch(number))
+
+
+def seconds(function, items):
+    """Milliseconds per item, the best of three runs."""
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        for item in items:
+            function(item)
+        best = min(best, time.perf_counter() - start)
+    return 1000 * best / len(items)
+
+
+def time_parts(root, size):
+    """Milliseconds per image (both views) of every part, on one core: {part: (this project, PIL)}."""
+    torch.set_num_threads(1)
+    paths = sorted(root.glob("train/*/*.jpg"))[:32]
+    tensors, pictures = [decode(p) for p in paths], [Image.open(p).convert("RGB") for p in paths]
+    parts = {"decode": (seconds(decode, paths), seconds(lambda p: Image.open(p).convert("RGB"), paths))}
+
+    boxes = torch.stack(augment.draw_boxes(2, *tensors[0].shape[1:], 0.08, generator(0)), dim=1).int().tolist()
+    views = [pil_parts(*p, size) for p in VIEWS]
+
+    def pil(part, pictures):
+        return seconds(lambda image: [[f(image) for f in view[part]] for view in views], pictures)
+
+    parts["crop"] = seconds(lambda x: [crop(x, box, size) for box in boxes], tensors), pil("crop", pictures)
+    crops = torch.stack([crop(x, boxes[0], size) for x in tensors])
+    pictures = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in crops]
+    timed = []
+    for jitter_p, grey_p, blurs in ((0.8, 0.2, (0, 0)), (0, 0, [b for b, _ in VIEWS]), (0, 0, (0, 0))):
+        configs = [ViewConfig(size, jitter_p=jitter_p, grey_p=grey_p, blur_p=b) for b in blurs]
+
+        def both(x, configs=configs):
+            for v in configs:
+                augment.make_view(x, augment.draw(v, len(x), None, None, generator(1)), v, *IMAGENET_STATS)
+
+        timed.append(seconds(both, [crops]) / len(crops))
+    plain = timed[2]
+    parts["colour"] = timed[0] - plain, pil("colour", pictures)
+    parts["blur"] = timed[1] - plain, pil("blur", pictures)
+
+    def rest(image):
+        for view in views:
+            x = image
+            for f in view["rest"]:
+                x = f(x)
+
+    parts["flip, solarise, float, normalise"] = plain, seconds(rest, pictures)
+    return parts
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--workers", type=int, default=default_workers())
+    parser.add_argument("--threads", type=int, default=1, help="of the main process, beside the workers")
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--width", type=int, default=500)
+    parser.add_argument("--height", type=int, default=375)
+    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    device = distributed.start("auto").device
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        make_files(root, args.images, args.width, args.height)
+        contenders = {
+            "ImageFolder, PIL, DataLoader": theirs(root, args, device),
+            "this project": ours(root, args, device, "none"),
+            "this project, --cache disk": ours(root, args, device, "disk"),
+        }
+        rates = {name: [] for name in contenders}
+        for number in range(args.rounds + 1):
+            for name, epoch in contenders.items():
+                start = time.perf_counter()
+                count = epoch(number)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                if number:  # the first one starts the workers
+                    rates[name].append(count / (time.perf_counter() - start))
+        parts = time_parts(root, args.image_size)
+    print(f"{args.images} JPEG files of {args.width}x{args.height}, two views of {args.image_size} px, batch {args.batch_size}")
+    print(
+        f"{args.workers} workers, {args.threads} thread(s) beside them, {os.cpu_count()} cores, {device.type}, {args.rounds} rounds"
+    )
+    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}")
+    base = statistics.median(rates["ImageFolder, PIL, DataLoader"])
+    for name, values in rates.items():
+        print(f"{name:32}{statistics.median(values):8.0f} images/s{statistics.median(values) / base:7.2f}x")
+    print(f"\n{'ms per image, one core':36}{'this project':>14}{'PIL':>8}")
+    for name, (own, pil) in parts.items():
+        print(f"{name:36}{own:14.2f}{pil:8.2f}")
+
+
+if __name__ == "__main__":
+    main()
