@@ -19,10 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import DataError
 from data.augment import ViewConfig
-from data.datasets import DATASETS, load_dataset
+from data.datasets import add_data_arguments, load_dataset
 from data.loader import Loader, generator, plain_batches
 from data.scenarios import SCENARIOS, plan
-from data.stream import Crops, Stream, StreamLoader, default_workers, plain_stream
+from data.stream import TIMEOUT, Crops, Stream, StreamLoader, close_all, plain_stream
 from losses import METHODS, REGULARIZERS
 from losses.base import Learner, MethodError
 from models import BACKBONES, STEMS, build_backbone
@@ -36,6 +36,11 @@ from utils.optim import LARS, warmup_cosine
 from utils.run import Run, Stopped, StopRequest
 
 OPTIMIZERS = {"lars": LARS, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+LOADER_ERRORS = {
+    "DataLoader timed out": f"no images came for {TIMEOUT} s: does the disk of --data_dir answer?",
+    "DataLoader worker": "a worker process that decodes images was killed, as a system does that runs out of memory (or a "
+    "container out of shared memory): lower --workers or --batch_size",
+}
 STREAM_SIZE = 224  # of views of images that differ in size
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -98,25 +103,6 @@ def parse_arguments(argv=None):
     if args.out_dir is None:
         args.out_dir = f"runs/{args.dataset}-{args.scenario}{args.num_tasks or ''}-{args.method}-{args.regularizer}-seed{args.seed}"
     return args
-
-
-def add_data_arguments(parser):
-    """The flags that say where images come from, for main_linear.py too; returns the group's add_argument."""
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, default="digits", help="digits needs no download")
-    add("--data_dir", default="datasets", help="where the data set lies, or is to be put by --download")
-    add("--download", action="store_true", help="fetch the data set if it is missing")
-    add("--probe_data_dir", metavar="DIR", help="train/<class>/ and test/<class>/ to evaluate with, for images without labels")
-    add("--domain_order", nargs="+", metavar="NAME", help="domains in the order of the tasks (default: the papers', or by name); "
-        "fewer than there are leaves the others out")  # fmt: skip
-    add("--workers", type="index", default=default_workers(), help="processes that decode images of different sizes; raise it if "
-        "the bar says that training waits for data")  # fmt: skip
-    add("--cache", choices=("none", "ram", "disk"), default="none", help="keep images of different sizes decoded, with their short "
-        "side at --cache_size: takes about 0.25 MB an image at 256, and makes every epoch faster")  # fmt: skip
-    add("--cache_size", type="count", default=256, help="short side of cached images; larger than the views")
-    add("--cache_dir", help="where decoded images are kept if not beside the data, for instance if that is read-only")
-    add("--skip_corrupt", action="store_true", help="go on without images that cannot be read; python -m data.check lists them")
-    return add
 
 
 def main(args):
@@ -356,6 +342,10 @@ def report_errors(function, name):
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
+        advice = next((advice for words, advice in LOADER_ERRORS.items() if words in str(error)), None)
+        if advice:
+            print(f"{name}: error: {advice}; what was saved is safe: the same command again goes on", file=sys.stderr)
+            return 2
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             print(
                 f"{name}: error: out of memory: lower --batch_size, --image_size, --width or the size of queue or heads",
@@ -363,6 +353,8 @@ def report_errors(function, name):
             )
             return 2
         raise
+    finally:
+        close_all()
     return 0
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from data.datasets import DATASETS
-from main_cssl import PRECISIONS, accuracies, add_data_arguments, build_data, frozen_features, report_errors
+from data.datasets import DATASETS, add_data_arguments
+from main_cssl import PRECISIONS, accuracies, build_data, frozen_features, report_errors
 from models import BACKBONES, STEMS, build_backbone
 from utils import RunError, checkpoint, distributed, evaluate
 from utils.arguments import Parser

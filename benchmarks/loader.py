@@ -28,9 +28,9 @@ import main_cssl
 from data import augment
 from data.augment import BLUR_RADIUS, BLUR_SIGMA, ViewConfig
 from data.datasets import IMAGENET_STATS, load_dataset
-from data.files import decode
+from data.files import decode, default_workers
 from data.loader import generator
-from data.stream import Crops, Stream, StreamLoader, crop, default_workers
+from data.stream import Crops, Stream, StreamLoader, crop
 from utils import distributed
 
 VIEWS = ((1.0, 0.0), (0.1, 0.2))  # the papers' probabilities of blur and solarising for ImageNet-100

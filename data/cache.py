@@ -11,21 +11,18 @@ import os
 import sys
 import tempfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data import DataError
-from data.files import decode
+from data.files import decode, in_parallel
 
 MAGIC = b"cssl images 1\n"
 HEADER = len(MAGIC) + 64 + 8 + 8  # the fingerprint, the number of images, the checksum of the pixels
 RAM = Path("/dev/shm")
-CHUNK = 256  # images decoded at a time, so that what waits to be written stays small
 
 
 class Cache:
@@ -155,17 +152,10 @@ def _write(file, files, side, fingerprint, skip_corrupt):
     table = np.zeros((len(files), 3), np.int64)
     file.write(b"\0" * (HEADER + table.nbytes))
     offset, checksum = 0, 0
-    threads = torch.get_num_threads()
-    bar = tqdm(desc=f"decoding {files.root}", total=len(files), unit="image", disable=None)
-    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool, bar:
-        for start in range(0, len(files), CHUNK):
-            chunk = range(start, min(start + CHUNK, len(files)))
-            for i, pixels in zip(chunk, pool.map(load, chunk)):
-                table[i] = offset, *pixels.shape[:2]
-                file.write(pixels)
-                offset, checksum = offset + pixels.nbytes, zlib.crc32(pixels, checksum)
-                bar.update()
-    torch.set_num_threads(threads)  # the pool's setting would reach every thread that is started after it
+    for i, pixels in enumerate(in_parallel(load, len(files), f"decoding {files.root}")):
+        table[i] = offset, *pixels.shape[:2]
+        file.write(pixels)
+        offset, checksum = offset + pixels.nbytes, zlib.crc32(pixels, checksum)
     file.seek(0)
     file.write(MAGIC + fingerprint + np.array([len(files), checksum], np.int64).tobytes() + table.tobytes())
     file.flush()

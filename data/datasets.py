@@ -11,7 +11,7 @@ import torch
 
 from data import DataError
 from data.cache import add_cache, forget, open_in_memory
-from data.files import Files, list_classes, list_images
+from data.files import Files, default_workers, list_classes, list_images
 
 CIFAR100_STATS = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 CIFAR10_STATS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -29,8 +29,8 @@ class ImageSet:
 
     images: uint8 [N, 3, H, W], or Files where they are of different sizes; labels: int64 [N], an index into classes, -1 for
     none; mean, std: per channel, of images in [0, 1]; domains: int64 [N], an index into domain_names, or None where all images
-    come from one; probe: the labelled ImageSet that classifiers are trained on, where it is not this one; digest: the
-    checksum, once known.
+    come from one; probe: the labelled ImageSet that classifiers are trained on, where it is not this one; one_size: the files
+    are small and of one size, to be held in memory; digest: the checksum, once known.
     """
 
     images: torch.Tensor | Files
@@ -41,6 +41,7 @@ class ImageSet:
     domains: torch.Tensor | None = None
     domain_names: tuple = ()
     probe: "ImageSet | None" = None
+    one_size: bool = False
     digest: int = 0
 
     @property
@@ -95,8 +96,7 @@ def _cifar(name, split, args, stats):
     root = Path(args.data_dir)
     if (root / "train").is_dir() or (root / "test").is_dir():
         names, labels, classes = list_classes(root / split)
-        images = open_in_memory(Files(root / split, names), f"{args.dataset}_{split}", args)
-        return ImageSet(images, labels, classes, *stats)
+        return ImageSet(Files(root / split, names), labels, classes, *stats, one_size=True)
     form = "torchvision's files or with train/<class>/ and test/<class>/ (PNG or JPEG images)"
     files = _torchvision(name, args, form, train=split == "train")
     images = torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous()
@@ -106,7 +106,8 @@ def _cifar(name, split, args, stats):
 def svhn(split, args):
     """SVHN (Netzer et al., 2011): house numbers, 32x32, from torchvision's files; its extra split is not used."""
     files = _torchvision("SVHN", args, "train_32x32.mat and test_32x32.mat", split=split)
-    return ImageSet(torch.from_numpy(files.data), torch.from_numpy(files.labels), [str(i) for i in range(10)], *SVHN_STATS)
+    images = torch.from_numpy(np.ascontiguousarray(files.data))
+    return ImageSet(images, torch.from_numpy(files.labels).long(), [str(i) for i in range(10)], *SVHN_STATS)
 
 
 def stl10(split, args):
@@ -115,7 +116,8 @@ def stl10(split, args):
     def load(name):
         files = _torchvision("STL10", args, "stl10_binary/", split=name)
         # its images were taken from ImageNet
-        return ImageSet(torch.from_numpy(files.data), torch.from_numpy(files.labels).long(), list(files.classes), *IMAGENET_STATS)
+        images = torch.from_numpy(np.ascontiguousarray(files.data))
+        return ImageSet(images, torch.from_numpy(files.labels).long(), list(files.classes), *IMAGENET_STATS)
 
     if split == "test":
         return load("test")
@@ -288,9 +290,7 @@ def _with_domains(images, names, order):
         own = set(images.labels[images.domains == domain].tolist())
         lacking = [c for label, c in enumerate(images.classes) if label not in own]
         if lacking:
-            raise DataError(
-                f"task folder {root / name} lacks the classes {_some(lacking)} of the other tasks: all need the same ones"
-            )
+            raise DataError(f"task folder {root / name} lacks classes of other tasks ({_some(lacking)}): all need the same ones")
     return images
 
 
@@ -311,7 +311,26 @@ DATASETS = {
 }
 
 
-def load_dataset(args):
+def add_data_arguments(parser):
+    """The flags that say where images come from; returns the group's add_argument."""
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=DATASETS, default="digits", help="digits needs no download")
+    add("--data_dir", default="datasets", help="where the data set lies, or is to be put by --download")
+    add("--download", action="store_true", help="fetch the data set if it is missing")
+    add("--probe_data_dir", metavar="DIR", help="train/<class>/ and test/<class>/ to evaluate with, for images without labels")
+    add("--domain_order", nargs="+", metavar="NAME", help="domains in the order of the tasks (default: the papers', or by name); "
+        "fewer than there are leaves the others out")  # fmt: skip
+    add("--workers", type="index", default=default_workers(), help="processes that decode images of different sizes; raise it if "
+        "the bar says that training waits for data")  # fmt: skip
+    add("--cache", choices=("none", "ram", "disk"), default="none", help="keep images of different sizes decoded, with their short "
+        "side at --cache_size: takes about 0.25 MB an image at 256, and makes every epoch faster")  # fmt: skip
+    add("--cache_size", type="count", default=256, help="short side of cached images; larger than the views")
+    add("--cache_dir", help="where decoded images are kept if not beside the data, for instance if that is read-only")
+    add("--skip_corrupt", action="store_true", help="go on without images that cannot be read; python -m data.check lists them")
+    return add
+
+
+def find_dataset(args):
     """The (train, probe, test) ImageSets that the data flags ask for: what is trained on, what a classifier is trained on
     (train itself in most cases) and what it is tested on; probe and test are None where there are no labels to evaluate with.
 
@@ -322,7 +341,7 @@ def load_dataset(args):
     train, test = DATASETS[args.dataset]("train", args), DATASETS[args.dataset]("test", args)
     if args.domain_order and train.domains is None:
         raise DataError(f"--domain_order: {args.dataset} in {args.data_dir} has no domains")
-    if args.download and train.streams:
+    if args.download and train.streams and not train.one_size:
         raise DataError(f"--download: {args.dataset} has to be fetched by hand; put it into --data_dir {args.data_dir}")
     if args.probe_data_dir:
         other = copy.copy(args)
@@ -341,9 +360,17 @@ def load_dataset(args):
     elif probe.domain_names != test.domain_names:
         odd = _some(set(probe.domain_names) ^ set(test.domain_names))
         raise DataError(f"{args.data_dir}: train and test have different task folders ({odd} in only one of them)")
+    for images in filter(None, (train.probe, test)):
+        images.mean, images.std = train.mean, train.std  # what the network is trained with
+    return train, probe, test
+
+
+def load_dataset(args):
+    """`find_dataset`, with images of one size in memory and with the cache that --cache asks for."""
+    train, probe, test = find_dataset(args)
     for name, images in {"train": train, "probe": train.probe, "test": test}.items():
-        if images is not None:
-            images.mean, images.std = train.mean, train.std  # what the network is trained with
-            if images.streams and args.cache != "none":
-                add_cache(images.images, f"{args.dataset}_{name}", args)
+        if images is not None and images.one_size:
+            images.images = open_in_memory(images.images, f"{args.dataset}_{name}", args)
+        elif images is not None and images.streams and args.cache != "none":
+            add_cache(images.images, f"{args.dataset}_{name}", args)
     return train, probe, test

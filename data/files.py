@@ -4,16 +4,23 @@ import hashlib
 import io
 import os
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torchvision.io import ImageReadMode, decode_jpeg
+from tqdm import tqdm
 
 from data import DataError
 
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # deprecated since torchvision 0.29, and to be removed in favour of a package of its own
+    decode_jpeg = None
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+CHUNK = 256  # images read at a time, so that what waits stays small
 UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
@@ -61,23 +68,52 @@ class Files:
 
 
 def decode(path):
-    """uint8 [3, H, W], RGB, upright, in the memory format channels_last. Raises DataError if the file cannot be read.
-
-    torchvision reads JPEG files faster than Pillow and to the same bits; Pillow reads the rest, and has the last word on
-    files that torchvision refuses.
-    """
+    """uint8 [3, H, W], RGB, upright, in the memory format channels_last. Raises DataError if the file cannot be read."""
     try:
-        data = np.fromfile(path, np.uint8)
-        if data[:2].tobytes() == b"\xff\xd8":
-            try:
-                return decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB, apply_exif_orientation=True)
-            except RuntimeError:
-                pass
-        with Image.open(io.BytesIO(data)) as image:
-            return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+        return decode_bytes(np.fromfile(path, np.uint8))
     except UNREADABLE as error:
-        reason = "the file is empty" if isinstance(error, UnidentifiedImageError) and not len(data) else type(error).__name__
-        raise DataError(f"cannot decode {path} ({reason}): replace or remove it") from error
+        raise DataError(f"cannot decode {path} ({describe(error)}): replace or remove it") from error
+
+
+def decode_bytes(data):
+    """`decode` of a file's contents, uint8 [bytes]; raises one of UNREADABLE.
+
+    torchvision, where it can, reads JPEG files faster than Pillow and to the same bits; Pillow reads the rest, and has the
+    last word on files that torchvision refuses.
+    """
+    if not len(data):
+        raise EOFError("the file is empty")
+    if decode_jpeg is not None and data[:2].tobytes() == b"\xff\xd8":
+        try:
+            return decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB, apply_exif_orientation=True)
+        except RuntimeError:
+            pass
+    with Image.open(io.BytesIO(data)) as image:
+        return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+
+
+def describe(error):
+    """Why a file could not be read, in a few words."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image that Pillow knows"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).split("\n")[0] or type(error).__name__
+
+
+def in_parallel(function, count, description):
+    """Yields function(i) for i < count, in order, from a pool of threads, behind a progress bar.
+
+    The decoders let go of the interpreter lock. Some hundreds of results at a time are in memory.
+    """
+    threads = torch.get_num_threads()
+    bar = tqdm(desc=description, total=count, unit="image", disable=None)
+    with bar, ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for start in range(0, count, CHUNK):
+            for result in pool.map(function, range(start, min(start + CHUNK, count))):
+                yield result
+                bar.update()
+    torch.set_num_threads(threads)  # the pool's setting would reach every thread that is started after it
 
 
 def to_rgb(image):
@@ -125,3 +161,9 @@ def list_classes(root, folders=None):
     classes = sorted({p[0] for p in parts})
     number = {name: label for label, name in enumerate(classes)}
     return names, torch.tensor([number[p[0]] for p in parts]), classes
+
+
+def default_workers():
+    """Processes that decode, so that all ranks of this machine together use its cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

@@ -1,8 +1,8 @@
 """Images of different sizes: worker processes decode them and cut their crops, everything else happens on the device."""
 
-import os
 import signal
 import sys
+import weakref
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from data.loader import Loader, generator
 
 CHUNK = 16  # images held decoded at a time
 TIMEOUT = 600  # seconds that a batch may take
+OPEN = weakref.WeakSet()  # every Stream, for close_all
 EVALUATION_SCALE = 256 / 224  # evaluation sees the centre of an image whose short side is this many times the crop's
 
 
@@ -91,7 +92,8 @@ class Stream:
 
     def __init__(self, crops, workers, device, skip_corrupt=False, persistent=True):
         self.files, self.device, self.skip_corrupt = crops.files, device, skip_corrupt
-        self.requests, self.skipped = Requests(), {}
+        self.requests, self.skipped, self.iterator = Requests(), {}, None
+        OPEN.add(self)
         self.loader = DataLoader(
             crops,
             batch_size=None,
@@ -108,12 +110,18 @@ class Stream:
     def batches(self, requests):
         """Yields uint8 [n, V, 3, S, S] on the device for every request."""
         self.requests.next = requests
-        for crops, unreadable in self.loader:
+        self.iterator = iter(self.loader)
+        for crops, unreadable in self.iterator:
             for i, reason in unreadable.items():
                 self.skip(i, reason)
             if len(unreadable) == len(crops) > 1:
                 raise DataError(f"{reason}; so are all other images of its batch: is the disk there?")
             yield crops.to(self.device, non_blocking=True)
+
+    def close(self):
+        """Ends the worker processes. Left to the garbage collector, after an exception, that would take seconds or warn."""
+        if self.loader.num_workers and self.iterator is not None:
+            self.iterator._shutdown_workers()  # PyTorch has no public way
 
     def skip(self, i, reason):
         if not self.skip_corrupt:
@@ -147,14 +155,14 @@ def plain_stream(images, size, mean, std, device, workers, skip_corrupt=False, b
     images.labels[list(stream.skipped)] = -1
 
 
+def close_all():
+    """Ends the worker processes of all Streams."""
+    for stream in list(OPEN):
+        stream.close()
+
+
 def leave_signals(worker):
     """Signals are for the main process, which ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def default_workers():
-    """Processes that decode, so that all ranks of this machine together use its cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

@@ -2,11 +2,14 @@
 
 import io
 import os
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from data.datasets import DOMAINS
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def picture(seed, height=40, width=50):

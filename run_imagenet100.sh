@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# ImageNet-100, class- or data-incremental, with the paper's settings (ResNet-18, 400 epochs a task), and after every task the
+# paper's offline linear evaluation.
+#   bash run_imagenet100.sh [METHOD] [REGULARIZER] [further flags of main_cssl.py]      default: moco pnr
+#   SCENARIO=class|data (class)    TASKS=N  5 or 10 (5)
+#   DATA=DIR   train/<WordNet id>/ and val/<WordNet id>/ of the subset, or of the whole of ImageNet (datasets)
+#   OUT=DIR    the run folder (runs/imagenet100-SCENARIO-TASKS-METHOD-REGULARIZER); the same command again resumes it
+#   GPUS=N     processes on this machine (1); the results are those of one
+#   PYTHON=... an interpreter to use instead of .venv
+# Decoding keeps a GPU waiting? --cache disk (about 33 GB beside the data, made once) or more --workers.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/utils/launch.sh"
+TASKS=${TASKS:-5} SCENARIO=${SCENARIO:-class}
+OUT=${OUT:-runs/imagenet100-$SCENARIO-$TASKS-$METHOD-$REGULARIZER}
+
+# The paper's table; lr is per 256 images (Adam's 1e-3 at FALCON's batch of 64); probe_lr that of the offline linear evaluation.
+case $SCENARIO in
+  class) BARLOW=1 BYOL=1 VICREG=23 ;;  # lambda_neg
+  data)  BARLOW=0.1 BYOL=0.1 VICREG=5 ;;
+  *)     fail "unknown SCENARIO=$SCENARIO: choose class or data" ;;
+esac
+BATCH=256 VIEWS="--min_scale 0.08 --blur_p 1 0.1 --solarize_p 0 0.2"
+case $METHOD in
+  moco)   TABLE="--lr 0.6 --weight_decay 1e-4 --probe_lr 3 --moco_queue_size 65536 --moco_tau 0.2 --moco_ema 0.99 0.999" ;;
+  simclr) TABLE="--lr 0.4 --weight_decay 1e-4 --probe_lr 1 --simclr_tau 0.2" ;;
+  barlow) TABLE="--lr 0.4 --weight_decay 1e-4 --probe_lr 0.1 --barlow_lambda 5e-3 --barlow_scale_loss 0.1 --barlow_lambda_neg $BARLOW" ;;
+  byol)   TABLE="--lr 0.6 --weight_decay 1e-5 --probe_lr 3 --byol_predictor_hidden 8192 --byol_ema 0.99 1 --byol_lambda_neg $BYOL" ;;
+  vicreg) TABLE="--lr 0.4 --weight_decay 1e-4 --probe_lr 0.3 --vicreg_lambda_distill 25 --vicreg_lambda_neg $VICREG"
+          VIEWS="--min_scale 0.2 --blur_p 0.5 0.5 --solarize_p 0.1 0.1" ;;
+  falcon) TABLE="--optimizer adam --lr 4e-3 --weight_decay 1e-4 --probe_lr 0.1 --falcon_codes 16384 --falcon_beta 1"
+          TABLE+=" --falcon_lambda_neg 0.1" BATCH=64 ;;
+  *)      fail "unknown method $METHOD: choose moco, simclr, barlow, byol, vicreg or falcon" ;;
+esac
+# shellcheck disable=SC2086
+launch --dataset imagenet100 --scenario "$SCENARIO" --num_tasks "$TASKS" --epochs 400 --image_size 224 --batch_size $BATCH $VIEWS $TABLE

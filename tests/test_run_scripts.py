@@ -1,0 +1,90 @@
+"""The run scripts hold the papers' settings, and reach the end with nothing pasted by hand."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import trees
+from conftest import ENVIRONMENT, ROOT
+
+import main_cssl
+from losses import METHODS
+
+SMALL = "--backbone resnet10 --width 4 --image_size 8 --epochs 1 --batch_size 4 --moco_queue_size 16 --moco_hidden 16 --device cpu"
+
+
+def script(name, *arguments, cwd=ROOT, **environment):
+    call = ["bash", str(ROOT / name), *arguments]
+    return subprocess.run(call, cwd=cwd, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=240)
+
+
+def settings(name, *arguments, **environment):
+    """What main_cssl.py makes of the script's flags."""
+    done = script(name, *arguments, PYTHON="echo", **environment)
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split()
+    return main_cssl.parse_arguments(words[words.index("main_cssl.py") + 1 :])
+
+
+OTHER = {"lr": {"moco": 0.6, "simclr": 0.4, "barlow": 0.4, "byol": 0.6, "vicreg": 0.4, "falcon": 4e-3}}
+OTHER["probe_lr"] = {"moco": 3, "simclr": 1, "barlow": 0.1, "byol": 3, "vicreg": 0.3, "falcon": 0.1}
+CIFAR = {**OTHER, "lr": {"moco": 0.6, "simclr": 0.6, "barlow": 0.4, "byol": 1.0, "vicreg": 0.3, "falcon": 4e-3}}
+LAMBDA_NEG = {  # of barlow, byol, vicreg
+    ("run_cifar100.sh", "class"): (1, 0.5, 23),
+    ("run_imagenet100.sh", "class"): (1, 1, 23),
+    ("run_imagenet100.sh", "data"): (0.1, 0.1, 5),
+    ("run_domainnet.sh", "domain"): (1, 1, 8),
+}
+EPOCHS = {"run_cifar100.sh": 500, "run_imagenet100.sh": 400, "run_domainnet.sh": 200}
+
+
+@pytest.mark.parametrize("name, scenario", LAMBDA_NEG)
+@pytest.mark.parametrize("method", METHODS)
+def test_settings(name, scenario, method):
+    args = settings(name, method, "pnr", SCENARIO=scenario)
+    cifar = name == "run_cifar100.sh"
+    assert args.scenario == scenario and args.epochs == EPOCHS[name] and args.backbone == "resnet18" and args.width == 64
+    assert args.dataset in name.replace("run_", "") and args.method == method and args.regularizer == "pnr"
+    assert args.batch_size == (64 if method == "falcon" else 256) and args.eval == "linear"
+    assert args.weight_decay == (1e-5 if method == "byol" else 1e-4)
+    for flag, values in (CIFAR if cifar else OTHER).items():
+        assert getattr(args, flag) == values[method], flag
+    views = (0.2, [0.0, 0.0] if cifar else [0.5, 0.5], [0.1, 0.1])
+    if method != "vicreg":
+        views = (0.08, [0.0, 0.0] if cifar else [1.0, 0.1], [0.0, 0.2])
+    assert (args.min_scale, args.blur_p, args.solarize_p) == views
+    for other, value in zip(("barlow", "byol", "vicreg"), LAMBDA_NEG[name, scenario]):
+        if method == other:
+            assert getattr(args, f"{other}_lambda_neg") == value
+    if method == "byol":
+        assert args.byol_predictor_hidden == (4096 if cifar else 8192)
+
+
+def test_choices(tmp_path):
+    args = settings("run_imagenet100.sh", "simclr", "cassle", "--epochs", "3", TASKS="10", SCENARIO="data", DATA="/d")
+    assert (args.num_tasks, args.scenario, args.data_dir, args.epochs) == (10, "data", "/d", 3)
+    assert args.out_dir == "runs/imagenet100-data-10-simclr-cassle"
+    assert settings("run_domainnet.sh").out_dir == "runs/domainnet-moco-pnr" and settings("run_domainnet.sh").num_tasks is None
+    for name, words, variables in (
+        ("run_imagenet100.sh", "SCENARIO=domain", {"SCENARIO": "domain"}),
+        ("run_domainnet.sh", "GPUS=two", {"GPUS": "two"}),
+    ):
+        done = script(name, PYTHON="echo", **variables)
+        assert done.returncode == 2 and done.stderr.startswith(f"{name}: error:") and words in done.stderr
+    done = script("run_domainnet.sh", "dino", PYTHON="echo")
+    assert done.returncode == 2 and "unknown method dino" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["run_imagenet100.sh", "run_domainnet.sh"])
+def test_to_the_end(name, tmp_path):
+    """From made-up files to the offline linear probe's matrix."""
+    if "imagenet" in name:
+        wanted = (ROOT / "data" / "imagenet100_classes.txt").read_text().split()
+        trees.imagenet(tmp_path / "data", wanted, train=1)
+    else:
+        trees.domainnet(tmp_path / "data")
+    done = script(name, "moco", "finetune", *SMALL.split(), cwd=tmp_path, PYTHON=sys.executable, DATA="data", OUT="run")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert "offline linear probe" in results["protocol"] and len(results["matrix"]) == (5 if "imagenet" in name else 6)
