@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from data import DataError
 from data.augment import ViewConfig
 from data.datasets import add_data_arguments, load_dataset
-from data.loader import Loader, generator, plain_batches
+from data.files import bar
+from data.loader import EVALUATION_BATCH, Loader, generator, plain_batches
 from data.scenarios import SCENARIOS, plan
 from data.stream import TIMEOUT, Crops, Stream, StreamLoader, close_all, plain_stream
 from losses import METHODS, REGULARIZERS
@@ -272,7 +273,9 @@ def frozen_features(args, process, backbone, *sets):
             batches = plain_stream(images, *setting, process.device, args.workers, args.skip_corrupt)
         else:
             batches = plain_batches(images.images, *setting)
-        features.append(evaluate.extract(backbone, batches, PRECISIONS[args.precision]))
+        total = -(-len(images.labels) // EVALUATION_BATCH)
+        shown = bar(batches, desc="evaluating", total=total, unit="batch", leave=False, disable=not process.main)
+        features.append(evaluate.extract(backbone, shown, PRECISIONS[args.precision]))
     return features
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -101,18 +102,24 @@ def describe(error):
     return str(error).split("\n")[0] or type(error).__name__
 
 
+def bar(*iterable, **options):
+    """tqdm for a terminal; elsewhere a line now and then, and none for what is quickly done."""
+    terminal = sys.stderr.isatty()
+    return tqdm(*iterable, **options, delay=0 if terminal else 30, mininterval=0.1 if terminal else 30, maxinterval=60)
+
+
 def in_parallel(function, count, description):
     """Yields function(i) for i < count, in order, from a pool of threads, behind a progress bar.
 
     The decoders let go of the interpreter lock. Some hundreds of results at a time are in memory.
     """
     threads = torch.get_num_threads()
-    bar = tqdm(desc=description, total=count, unit="image", disable=None)
-    with bar, ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    progress = bar(desc=description, total=count, unit="image")
+    with progress, ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for start in range(0, count, CHUNK):
             for result in pool.map(function, range(start, min(start + CHUNK, count))):
                 yield result
-                bar.update()
+                progress.update()
     torch.set_num_threads(threads)  # the pool's setting would reach every thread that is started after it
 
 

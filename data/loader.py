@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from data import DataError, augment
 
+EVALUATION_BATCH = 512  # images at a time
+
 
 def generator(*key):
     """A CPU torch.Generator that depends on all the integers of the key, well mixed."""
@@ -58,7 +60,7 @@ class Loader:
         return [augment.make_view(x, p, v, self.mean, self.std) for x, p, v in zip(images, params, self.views)]
 
 
-def plain_batches(images, size, mean, std, batch_size=512):
+def plain_batches(images, size, mean, std, batch_size=EVALUATION_BATCH):
     """Yields normalised float [n, 3, size, size] of all images in order, resized where they are of another size, for evaluation."""
     for part in images.split(batch_size):
         x = part.float().div_(255)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from data import DataError, augment
-from data.loader import Loader, generator
+from data.loader import EVALUATION_BATCH, Loader, generator
 
 CHUNK = 16  # images held decoded at a time
 TIMEOUT = 600  # seconds that a batch may take
@@ -122,6 +122,8 @@ class Stream:
         """Ends the worker processes. Left to the garbage collector, after an exception, that would take seconds or warn."""
         if self.loader.num_workers and self.iterator is not None:
             self.iterator._shutdown_workers()  # PyTorch has no public way
+            for worker in self.iterator._workers:
+                worker.kill()
 
     def skip(self, i, reason):
         if not self.skip_corrupt:
@@ -145,7 +147,7 @@ class StreamLoader(Loader):
             yield self.augment(crops.transpose(0, 1), epoch, step)
 
 
-def plain_stream(images, size, mean, std, device, workers, skip_corrupt=False, batch_size=256):
+def plain_stream(images, size, mean, std, device, workers, skip_corrupt=False, batch_size=EVALUATION_BATCH):
     """plain_batches for an ImageSet of files: the centre of each image. One that is skipped loses its label."""
     stream = Stream(Crops(images.images, size), workers, device, skip_corrupt, persistent=False)
     requests = ((part, None) for part in torch.arange(len(images.images)).split(batch_size))
@@ -162,7 +164,6 @@ def close_all():
 
 
 def leave_signals(worker):
-    """Signals are for the main process, which ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Signals are for the main process: a batch system sends them to all, and without its workers it could not save."""
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

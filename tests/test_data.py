@@ -2,9 +2,14 @@
 
 import gc
 import json
+import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +17,7 @@ import pytest
 import scipy.io
 import torch
 import trees
-from conftest import arguments, run
+from conftest import ENVIRONMENT, arguments, run
 from PIL import Image, ImageOps
 from test_bad_input import fails
 
@@ -322,17 +327,31 @@ def test_a_skipped_image_gives_its_place_to_the_next(spoiled):
 
 
 def test_a_stalled_or_killed_worker_is_an_error(data, tmp_path, capsys, monkeypatch):
-    import os
-    import signal
-    import time
-
     call = f"{flags(data, 'plain', 'data', tmp_path / 'run')} --workers 1 --eval none"
     monkeypatch.setattr(streams, "TIMEOUT", 1)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # seconds that PyTorch waits for a worker to end
     monkeypatch.setattr(Crops, "decode", lambda self, i, unreadable: time.sleep(30))
     fails(capsys, call, "no images came for", "--data_dir")
     monkeypatch.setattr(Crops, "decode", lambda self, i, unreadable: os.kill(os.getpid(), signal.SIGKILL))
     call = call.replace("/run", "/other")
     fails(capsys, call, "a worker process", "memory", "--workers")
+
+
+def test_a_signal_to_all_processes_loses_nothing(data, tmp_path):
+    """As batch systems send it: the workers go on until the run has saved, and end with it."""
+    call = flags(data, "imagenet100", "data", tmp_path / "run") + " --workers 2 --epochs 500 --eval none --save_every 1h"
+    arguments = [sys.executable, str(trees.ROOT / "main_cssl.py"), *call.split()]
+    job = subprocess.Popen(
+        arguments, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while "step" not in job.stdout.readline():
+        assert job.poll() is None, job.stderr.read()
+    os.killpg(job.pid, signal.SIGTERM)
+    _, error = job.communicate(timeout=60)
+    assert job.returncode == 143 and len(error.splitlines()) == 1 and "stopped by SIGTERM" in error, error
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["counters"]["global_step"] > 0
+    with pytest.raises(ProcessLookupError):
+        os.killpg(job.pid, 0)  # nobody of its group is left
 
 
 # ---- cache
