@@ -1,5 +1,6 @@
 """Images of different sizes: worker processes decode them and cut their crops, everything else happens on the device."""
 
+import ctypes
 import signal
 import sys
 import weakref
@@ -102,7 +103,7 @@ class Stream:
             persistent_workers=persistent and workers > 0,
             pin_memory=device.type == "cuda",
             timeout=TIMEOUT if workers else 0,
-            worker_init_fn=leave_signals,
+            worker_init_fn=prepare_worker,
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # the files are not copied
             generator=torch.Generator(),  # so that PyTorch's own one stays untouched
         )
@@ -163,7 +164,11 @@ def close_all():
         stream.close()
 
 
-def leave_signals(worker):
-    """Signals are for the main process: a batch system sends them to all, and without its workers it could not save."""
+def prepare_worker(worker):
+    """A worker leaves signals to the main process, which could not save without it where a batch system sends them to all;
+    and it ends with the main process, however that ends, lest it hold the lock of the run folder."""
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

@@ -1,5 +1,6 @@
 """Every data set in its real layout, in every scenario, from files to results; what streams is exact; caches; data.check."""
 
+import fcntl
 import gc
 import json
 import os
@@ -337,21 +338,34 @@ def test_a_stalled_or_killed_worker_is_an_error(data, tmp_path, capsys, monkeypa
     fails(capsys, call, "a worker process", "memory", "--workers")
 
 
-def test_a_signal_to_all_processes_loses_nothing(data, tmp_path):
-    """As batch systems send it: the workers go on until the run has saved, and end with it."""
+def test_signals_lose_nothing(data, tmp_path):
+    """SIGTERM to all processes, as batch systems send it: the workers go on until the run has saved, and end with it. SIGKILL
+    to the main process: the workers end with it, and the folder is free at once."""
     call = flags(data, "imagenet100", "data", tmp_path / "run") + " --workers 2 --epochs 500 --eval none --save_every 1h"
-    arguments = [sys.executable, str(trees.ROOT / "main_cssl.py"), *call.split()]
-    job = subprocess.Popen(
-        arguments, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    while "step" not in job.stdout.readline():
-        assert job.poll() is None, job.stderr.read()
+
+    def start():
+        arguments = [sys.executable, str(trees.ROOT / "main_cssl.py"), *call.split()]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        job = subprocess.Popen(arguments, env=ENVIRONMENT, start_new_session=True, **pipes)
+        while "step" not in (line := job.stdout.readline()):
+            assert line, job.stderr.read()
+        return job
+
+    job = start()
     os.killpg(job.pid, signal.SIGTERM)
     _, error = job.communicate(timeout=60)
     assert job.returncode == 143 and len(error.splitlines()) == 1 and "stopped by SIGTERM" in error, error
-    assert checkpoint.load(tmp_path / "run" / "last.pt")["counters"]["global_step"] > 0
+    counters = checkpoint.load(tmp_path / "run" / "last.pt")["counters"]
+    assert counters["global_step"] > 0
     with pytest.raises(ProcessLookupError):
         os.killpg(job.pid, 0)  # nobody of its group is left
+    job = start()
+    job.kill()
+    job.wait()
+    time.sleep(0.1)
+    with open(tmp_path / "run" / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    job.communicate()
 
 
 # ---- cache

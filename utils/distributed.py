@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -64,7 +65,8 @@ def start(device):
     else:
         keep_heap()
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # long, since rank 0 may decode a data set before the others; torchrun notices at once when a process ends
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
     return Process(torch.device("cuda", local) if cuda else torch.device("cpu"), rank, world)
 
 
