@@ -156,8 +156,9 @@ def format_summary(block):
     return ", ".join(f"{short} {block[name]:.2f}" for name, short in names.items() if block[name] is not None)
 
 
-def plot_matrix(matrix, title):
-    """The accuracy matrix as a matplotlib figure: annotated cells; bold: the task just trained, italic: tasks still to come."""
+def plot_matrix(matrix, title, names=None):
+    """The accuracy matrix as a matplotlib figure: annotated cells; bold: the task just trained, italic: tasks still to come;
+    names: of the tasks, where they have any."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -172,6 +173,9 @@ def plot_matrix(matrix, title):
             style = {"fontweight": "bold"} if k == t else {"fontstyle": "italic"} if k > t else {}
             axes.text(k, t, f"{value:.1f}", ha="center", va="center", color="black" if value > middle else "white", **style)
     axes.set(xticks=range(tasks), yticks=range(rows), xlabel="accuracy on task (%)", ylabel="after training task")
+    if names:
+        axes.set_xticks(range(tasks), names, rotation=30, ha="right")
+        axes.set_yticks(range(rows), names[:rows])
     axes.set_title(title, fontsize=9)
     figure.colorbar(image, ax=axes)
     return figure

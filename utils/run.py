@@ -193,7 +193,9 @@ class Run:
         scores = {name: block[name] for name in ("average_accuracy", "forgetting", "forward_transfer", "plasticity")}
         values = {**scores, **monitors, "row": block["matrix"][-1]}
         self.log.metrics("eval", self.global_step, values, task=self.task, protocol=block["protocol"])
-        figure = plot_matrix(block["matrix"], f"{title}\n{block['protocol'].split(':')[0]}, A = {scores['average_accuracy']:.2f} %")
+        names = self.data["tasks"] if self.arguments["scenario"] == "domain" else None
+        protocol = block["protocol"].split(":")[0]
+        figure = plot_matrix(block["matrix"], f"{title}\n{protocol}, A = {scores['average_accuracy']:.2f} %", names)
         self.log.figure("accuracy_matrix", figure, self.global_step)
         figure.savefig(self.folder / "accuracy_matrix.png")
         write_results(self.folder, block)
