@@ -22,7 +22,7 @@ from data.augment import ViewConfig
 from data.datasets import add_data_arguments, load_dataset
 from data.files import bar
 from data.loader import EVALUATION_BATCH, Loader, generator, plain_batches
-from data.scenarios import SCENARIOS, plan
+from data.scenarios import DEFAULT_TASKS, SCENARIOS, plan
 from data.stream import TIMEOUT, Crops, Stream, StreamLoader, close_all, plain_stream
 from losses import METHODS, REGULARIZERS
 from losses.base import Learner, MethodError
@@ -100,7 +100,7 @@ def parse_arguments(argv=None):
     if args.warmup_epochs is None:
         args.warmup_epochs = min(10, args.epochs // 5)
     if args.num_tasks is None and args.scenario != "domain":
-        args.num_tasks = 5
+        args.num_tasks = DEFAULT_TASKS
     if args.out_dir is None:
         args.out_dir = f"runs/{args.dataset}-{args.scenario}{args.num_tasks or ''}-{args.method}-{args.regularizer}-seed{args.seed}"
     return args
@@ -119,14 +119,14 @@ def main(args):
     run = Run(vars(args), {"tasks": tasks.names, "digest": train.digest}, tasks.train, process)
     clock = Clock()
     if process.main:
-        print_settings(args, process, train, loaders, learner, run)
+        print_settings(args, process, train, tasks, loaders, learner, run)
 
     def report(kind, values):
         """A line of metrics, with what is worth watching beside the losses; on the terminal the speed too."""
         tau = ema_tau(progress.share, *method.ema) if method.ema else None
         values = {**values, "lr": lr, "ema_tau": tau, "feature_std": spread(out.z[0])}
         run.log.metrics(kind, run.global_step, values, task=task, epoch=epoch)
-        run.log.scalars("speed", run.global_step, speed := {**clock.read(), "skipped_images": loader.skipped})
+        run.log.scalars("speed", run.global_step, speed := {**clock.read(), "skipped_images": len(loader.skipped)})
         progress.say(values["loss"], lr, speed["images_per_second"], speed["data_wait_share"])
 
     if args.eval != "none" and not run.matrix and run.random_row is None:
@@ -187,8 +187,9 @@ def main(args):
             run.finished += 1
             run.save(**parts)
         run.task, run.epoch, run.step = task + 1, 0, 0
+    skipped = process.union(loaders[0].skipped)
     if process.main:
-        print_results(run, args, loaders)
+        print_results(run, args, skipped)
     distributed.stop()
 
 
@@ -201,13 +202,10 @@ def build_data(args, process):
     if args.stem == "auto":
         args.stem = "cifar" if args.image_size <= 64 else "imagenet"
     args.precision = args.precision or ("bf16" if process.device.type == "cuda" else "fp32")
-    args.num_tasks = args.num_tasks or max(len(train.domain_names), 1)
     tasks = plan(train, test, args.scenario, args.num_tasks, args.seed)
-    if test is None and args.eval != "none":
+    args.num_tasks = len(tasks.names)
+    if test is None:
         args.eval = "none"
-        if process.main:
-            print(f"no evaluation: {args.data_dir} has no labels in train/ and test/; --probe_data_dir names labelled images, now "
-                  "or later with main_linear.py")  # fmt: skip
     train.digest = train.checksum()
     for images in filter(None, (train, train.probe, test)):
         images.to(process.device)
@@ -305,7 +303,7 @@ def publish(args, run, monitors, spectrum):
     run.log.figure("collapse/spectrum", plot_spectrum(spectrum), run.global_step)
 
 
-def print_settings(args, process, train, loaders, learner, run):
+def print_settings(args, process, train, tasks, loaders, learner, run):
     millions = sum(p.numel() for p in learner.method.backbone.parameters()) / 1e6
     sizes = ", ".join(str(len(loader.indices)) for loader in loaders)
     rate = args.lr * args.batch_size / 256
@@ -320,16 +318,19 @@ def print_settings(args, process, train, loaders, learner, run):
         f"run folder: {run.folder}{resumed}",
         flush=True,
     )
+    if tasks.test is None:
+        print(f"no evaluation: {args.data_dir} has no labels in train/ and test/; --probe_data_dir names labelled images, now or "
+              "later with main_linear.py")  # fmt: skip
     if train.domain_names:
         print(f"domains: {', '.join(train.domain_names)}", flush=True)
 
 
-def print_results(run, args, loaders):
+def print_results(run, args, skipped):
     if run.matrix:
         print(f"\naccuracy (%), {evaluate.protocol_name(args.eval, args.probe_lr)}\n{evaluate.format_matrix(run.matrix)}")
         print(evaluate.format_summary(evaluate.summary(run.matrix, args.num_tasks, "", run.random_row)))
-    if loaders[0].skipped:
-        print(f"{loaders[0].skipped} training images could not be read and were skipped: python -m data.check lists such files")
+    if skipped:
+        print(f"{len(skipped)} training images could not be read and were skipped: python -m data.check lists such files")
     print(f"{run.folder} is complete; TensorBoard: tensorboard --logdir {run.folder}")
 
 

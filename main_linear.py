@@ -44,6 +44,9 @@ DEFAULTS = {
 }
 
 
+OF_DATA = {"data_dir", "cache_dir", "probe_data_dir", "domain_order", "cache", "cache_size", "scenario", "num_tasks"}
+
+
 def parse_arguments(argv=None):
     """The flags, with None where the run or DEFAULTS decides."""
     parser = Parser(__doc__)
@@ -74,7 +77,8 @@ def main(args):
     process = distributed.start(args.device)
     if args.run:
         config = read_config(args.run)
-        for name in ("dataset", "num_tasks", "seed", "backbone", "width", "stem", "image_size"):
+        fixed = ("dataset", "num_tasks", "seed", "backbone", "width", "stem", "image_size", "domain_order", "cache", "cache_size")
+        for name in fixed:
             if getattr(args, name) not in (None, config.get(name)):
                 raise RunError(f"--{name} {getattr(args, name)} is not that of {args.run}, {config.get(name)}: leave it out")
         networks = []
@@ -83,6 +87,8 @@ def main(args):
     else:
         networks = [Path(args.checkpoint)]
         config = checkpoint.read_network(args.checkpoint)["config"] or {}
+        if args.dataset not in (None, config.get("dataset")):  # what the network was trained on says nothing of these
+            config = {name: value for name, value in config.items() if name not in OF_DATA}
     if not networks:
         raise RunError(f"{args.run} holds no task0.pt yet: its first task has not ended")
     for name, default in DEFAULTS.items():

@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +36,25 @@ class Cache:
         return Cache(self.path, self.pixels, self.table[rows])
 
     def __getstate__(self):  # a process that is not a fork maps the file itself
-        return {"path": self.path, "table": self.table}
+        return {"path": self.path, "table": self.table, "size": len(self.pixels)}
 
     def __setstate__(self, state):
-        self.path, self.table = state["path"], state["table"]
-        self.pixels = _map(self.path)
+        self.path, self.table, mapped = state["path"], state["table"], _map(state["path"])
+        self.pixels = mapped[len(mapped) - state["size"] :]
+
+    def readable(self):
+        """int64 indices of the images that could be read."""
+        return torch.from_numpy(self.table[:, 1].nonzero()[0])
+
+    def require(self, files, skip_corrupt):
+        """Raises DataError, or warns with skip_corrupt, for each file that could not be read."""
+        for i in (self.table[:, 1] == 0).nonzero()[0]:
+            try:
+                files.decode(i)
+            except DataError as error:
+                if not skip_corrupt:
+                    raise
+                print(f"warning: skipped: {error}", file=sys.stderr)
 
     def image(self, i):
         offset, height, width = self.table[i].tolist()
@@ -67,12 +82,18 @@ def add_cache(files, name, args):
         files.cache = open_cache(files, path, args.cache_size, args.skip_corrupt)
     except OSError as error:
         raise DataError(f"--cache {args.cache}: cannot write {path}: {error.strerror}; --cache_dir names another place") from error
+    files.cache.require(files, args.skip_corrupt)
 
 
 def forget(files):
     """Removes a cache in memory, which lives on as long as a process has it open."""
     if files.cache is not None and files.cache.path.parent == RAM:
         files.cache.path.unlink(missing_ok=True)
+        lock_of(files.cache.path).unlink(missing_ok=True)
+
+
+def lock_of(path):
+    return path.with_name(path.name + ".lock")
 
 
 def open_cache(files, path, side=None, skip_corrupt=False, verify=False):
@@ -87,8 +108,8 @@ def open_cache(files, path, side=None, skip_corrupt=False, verify=False):
     if cache is not None:
         return cache
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(path.with_name(path.name + ".lock")):
-        cache = _read(path, fingerprint, verify)  # another process may have made it meanwhile
+    with _lock(lock_of(path)):
+        cache = _read(path, fingerprint, verify, quiet=True)  # another process may have made it meanwhile
         if cache is None:
             temporary = path.with_name(path.name + ".tmp")
             try:
@@ -107,26 +128,34 @@ def open_cache(files, path, side=None, skip_corrupt=False, verify=False):
 
 
 def open_in_memory(files, name, args):
-    """uint8 [N, 3, H, W] of files that are all of one size, kept in a cache where one can be written."""
+    """uint8 [N, 3, H, W] of files that are all of one size, kept in a cache where one can be written, and the int64 indices
+    [N] of those that could be read: all, unless --skip_corrupt is given."""
     path = location(files, name, None, args.data_dir, args.cache_dir)
     try:
-        cache = open_cache(files, path, verify=True)
+        cache = open_cache(files, path, skip_corrupt=args.skip_corrupt, verify=True)
     except OSError as error:
         print(f"warning: cannot write {path} ({error.strerror}): decoding again next time; --cache_dir names another place",
               file=sys.stderr)  # fmt: skip
-        cache = passing_cache(files)
-    sizes = cache.table[:, 1:]
-    odd = (sizes != sizes[0]).any(axis=1).nonzero()[0]
+        cache = passing_cache(files, args.skip_corrupt)
+    cache.require(files, args.skip_corrupt)
+    readable = cache.readable()
+    if not len(readable):
+        raise DataError(f"no image of {files.root} can be read")
+    sizes = cache.table[readable.numpy(), 1:]
+    height, width = Counter(map(tuple, sizes.tolist())).most_common(1)[0][0]
+    odd = (sizes != (height, width)).any(axis=1).nonzero()[0]
     if len(odd):
-        (height, width), (h, w) = sizes[odd[0]], sizes[0]
-        raise DataError(f"{files.path(odd[0])} is {width}x{height} pixels where {files.path(0)} is {w}x{h}: resize one")
-    return cache.pixels.view(len(files), *sizes[0], 3).permute(0, 3, 1, 2).contiguous()
+        h, w = sizes[odd[0]]
+        raise DataError(f"{files.path(readable[odd[0]])} is {w}x{h} pixels where others are {width}x{height}: resize it")
+    return cache.pixels.view(len(readable), height, width, 3).permute(0, 3, 1, 2).contiguous(), readable
 
 
-def passing_cache(files):
+def passing_cache(files, skip_corrupt):
     """A Cache that is gone when this process ends, for files whose cache cannot be kept."""
     with tempfile.TemporaryDirectory() as folder:
-        return open_cache(files, Path(folder) / "cache")  # an open file stays readable when its folder goes
+        return open_cache(
+            files, Path(folder) / "cache", skip_corrupt=skip_corrupt
+        )  # an open file stays readable when its folder goes
 
 
 @contextlib.contextmanager
@@ -172,32 +201,34 @@ def _shrink(image, side):
     return F.interpolate(image.unsqueeze(0), size, mode="bicubic", antialias=True)[0]
 
 
-def _read(path, fingerprint, verify):
+def _read(path, fingerprint, verify, quiet=False):
     """The Cache at path, or None where there is none, or one of other files, or one that is damaged."""
     try:
-        with open(path, "rb") as file:
-            header = file.read(HEADER)
-            if header.startswith(MAGIC) and not header.startswith(MAGIC + fingerprint):
-                return None  # the files have changed
-            count, checksum = np.frombuffer(header[-16:], np.int64)
-            table = np.frombuffer(file.read(24 * int(count)), np.int64).reshape(-1, 3)
-            start, end = file.tell(), file.seek(0, os.SEEK_END)
-            if not header.startswith(MAGIC) or len(table) != count or end - start != 3 * (table[:, 1] * table[:, 2]).sum():
-                raise ValueError("cut short")
-        cache = Cache(path, _map(path), table)
-        if verify and zlib.crc32(cache.pixels.numpy()) != checksum:
+        mapped = _map(path)
+        header = mapped[:HEADER].numpy().tobytes()
+        if header.startswith(MAGIC) and not header.startswith(MAGIC + fingerprint):
+            return None  # the files have changed
+        if not header.startswith(MAGIC):
+            raise ValueError("no header")
+        count, checksum = np.frombuffer(header[-16:], np.int64).tolist()
+        table = np.frombuffer(mapped[HEADER : HEADER + 24 * count].numpy().tobytes(), np.int64).reshape(-1, 3)
+        pixels = mapped[HEADER + 24 * count :]
+        if len(table) != count or len(pixels) != 3 * (table[:, 1] * table[:, 2]).sum():
+            raise ValueError("cut short")
+        if verify and zlib.crc32(pixels.numpy()) != checksum:
             raise ValueError("checksum")
     except OSError:
         return None
     except ValueError:
-        print(f"warning: cache {path} is damaged and is made again", file=sys.stderr)
+        if not quiet:
+            print(f"warning: cache {path} is damaged and is made again", file=sys.stderr)
         return None
-    return cache
+    return Cache(path, pixels, table)
 
 
 def _map(path):
-    """The pixels. A private mapping: one that can be written, as PyTorch wants it, without ever changing the file."""
-    with open(path, "rb") as file:
-        count = int(np.frombuffer(file.read(HEADER)[-16:-8], np.int64)[0])
+    """The file as uint8 [bytes]. A private mapping: one that can be written, as PyTorch wants it, without changing the file."""
     size = os.stat(path).st_size
-    return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[HEADER + 24 * count :]
+    if size < HEADER or not path.is_file():
+        raise ValueError("no cache")
+    return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)

@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 from data import DataError
 from data.datasets import add_data_arguments, find_dataset
-from data.files import UNREADABLE, decode_bytes, describe, in_parallel
+from data.files import decode_bytes, describe, in_parallel
 from data.loader import Loader
 from data.scenarios import SCENARIOS, plan
 from utils.arguments import Parser
@@ -44,18 +44,18 @@ def parse_arguments(argv=None):
 
 
 def inspect(data):
-    """What is to be said about a file's contents, uint8 [bytes]: (problem or None, [oddities], signature or None)."""
+    """What is to be said about a file's contents, uint8 [bytes]: (problem or None, [oddities], signature or None, size)."""
     try:
         pixels = decode_bytes(data)
         with Image.open(io.BytesIO(data)) as image:
             odd = [MODES[image.mode]] if image.mode in MODES else []
             if image.getexif().get(ORIENTATION, 1) != 1:
                 odd.append("turned by EXIF")
-    except UNREADABLE as error:
+    except Exception as error:  # as in data/files.py
         kinds = {EOFError: "empty", UnidentifiedImageError: "not an image"}
         kind = "truncated" if "truncated" in str(error) else kinds.get(type(error), "corrupt")
-        return f"{kind} ({describe(error)})" if kind == "corrupt" else kind, [], None
-    return None, odd, signature(pixels)
+        return f"{kind} ({describe(error)})" if kind == "corrupt" else kind, [], None, None
+    return None, odd, signature(pixels), tuple(pixels.shape[1:])
 
 
 def signature(pixels):
@@ -67,30 +67,31 @@ def signature(pixels):
 
 
 class Survey:
-    """What was found in the images of one split."""
+    """What was found in the images of one split; problems: {index: why} of those that training cannot use."""
 
     def __init__(self, name, images):
         self.name, self.images = name, images
-        self.problems, self.oddities, self.signatures = {}, Counter(), {}
-        if images.streams:
-            files = images.images
-
-            def look(i):
-                try:
-                    return inspect(np.fromfile(files.path(i), np.uint8))
-                except OSError as error:
-                    return describe(error), [], None
-        else:
-
-            def look(i):
-                return None, [], signature(images.images[i])
-
-        for i, (problem, odd, mark) in enumerate(in_parallel(look, len(images.labels), f"reading {name}")):
+        self.problems, self.oddities, self.signatures, sizes = {}, Counter(), {}, {}
+        for i, (problem, odd, mark, sizes[i]) in enumerate(in_parallel(self.look, len(images.labels), f"reading {name}")):
             if problem:
-                self.problems[self.path(i)] = problem
+                self.problems[i] = problem
             self.oddities.update(odd)
             if mark:
-                self.signatures.setdefault(mark, i)
+                self.signatures.setdefault(mark, []).append(i)
+        self.misfits = {}
+        if images.one_size and len(set(sizes.values()) - {None}) > 1:
+            common = Counter(size for size in sizes.values() if size).most_common(1)[0][0]
+            self.misfits = {
+                i: f"{s[1]}x{s[0]} pixels, others {common[1]}x{common[0]}" for i, s in sizes.items() if s not in (None, common)
+            }
+
+    def look(self, i):
+        if not self.images.streams:
+            return None, [], signature(self.images.images[i]), None
+        try:
+            return inspect(np.fromfile(self.images.images.path(i), np.uint8))
+        except OSError as error:
+            return describe(error), [], None, None
 
     def path(self, i):
         return self.images.images.path(i) if self.images.streams else f"{self.name} image {i}"
@@ -117,7 +118,10 @@ class Survey:
             )
         if self.problems:
             print(f"  {len(self.problems)} cannot be read:")
-            show(f"    {path}: {problem}" for path, problem in self.problems.items())
+            show(f"    {self.path(i)}: {problem}" for i, problem in self.problems.items())
+        if self.misfits:
+            print(f"  {len(self.misfits)} are of another size, where all have to be of one:")
+            show(f"    {self.path(i)}: {misfit}" for i, misfit in self.misfits.items())
 
 
 def show(lines):
@@ -159,18 +163,20 @@ def main(args):
     if empty:
         print(f"{len(empty)} of {len(train.classes)} classes have no training image:")
         show(f"    {name}" for name in empty)
-    if test is not None:
-        alike = surveys[-1].signatures.keys() & surveys[-2].signatures.keys()
-        if alike:
-            print(f"{len(alike)} images look alike in {surveys[-2].name} and test: leave them out of one if they are the same")
-            show(
-                f"    {surveys[-2].path(surveys[-2].signatures[m])} = {surveys[-1].path(surveys[-1].signatures[m])}"
-                for m in sorted(alike)
-            )
-    num_tasks = args.num_tasks or (max(len(train.domain_names), 1) if args.scenario == "domain" else 5)
+    for other in surveys[:-1] if test is not None else []:
+        pairs = [(other.path(i), surveys[-1].path(j)) for m in other.signatures.keys() & surveys[-1].signatures.keys()
+                 for i in other.signatures[m] for j in surveys[-1].signatures[m]]  # fmt: skip
+        if pairs:
+            print(f"{len(pairs)} pairs of images look alike in {other.name} and test: leave them out of one if they are the same")
+            show(f"    {a} = {b}" for a, b in sorted(pairs))
+    if any(s.misfits for s in surveys):
+        advice.append("resize the images of another size")
+    if any(len(s.problems) == len(s.images.labels) for s in surveys):
+        advice.append("a whole split cannot be read")
     try:
-        for task, part in enumerate(plan(train, test, args.scenario, num_tasks, args.seed).train):
-            Loader(None, part, args.batch_size, (), train.mean, train.std, args.seed, task)
+        for task, part in enumerate(plan(train, test, args.scenario, args.num_tasks, args.seed).train):
+            readable = part[~torch.isin(part, torch.tensor(list(surveys[0].problems), dtype=torch.int64))]
+            Loader(None, readable, args.batch_size, (), train.mean, train.std, args.seed, task)
     except DataError as error:
         advice.append(str(error))
     if advice:
@@ -186,6 +192,9 @@ if __name__ == "__main__":
     arguments = parse_arguments()
     try:
         sys.exit(main(arguments))
+    except KeyboardInterrupt:
+        print("data.check: stopped", file=sys.stderr)
+        sys.exit(130)
     except (DataError, OSError) as error:
         print(f"data.check: error: {error}", file=sys.stderr)
         sys.exit(2)

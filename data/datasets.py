@@ -239,59 +239,57 @@ def _require(files):
 
 def folder(split, args):
     """Anyone's own images: train/<class>/, or train/<task>/<class>/ for a sequence of domains, and test/ (or val/) of the same
-    form; or images without labels, in train/ or in any folders below --data_dir. With --scenario domain, train/<task>/ may
-    hold unlabelled images itself."""
+    form; or images without labels, in train/ or, without it, in any folders below --data_dir. With --scenario domain and no
+    test/, train/<task>/ may hold unlabelled images itself."""
     root = Path(args.data_dir)
     if not root.is_dir():
         raise DataError(f"no folder {root}: check --data_dir")
-    labelled = (root / "train").is_dir()
-    if split == "test":
-        root = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-        if root is None:
-            return None
-    elif labelled:
-        root = root / "train"
-    names = list_images(root)
+    has_train, test = (root / "train").is_dir(), next((root / x for x in ("test", "val") if (root / x).is_dir()), None)
+    if test is not None and not has_train:
+        raise DataError(f"{root} has {test.name}/ but no train/: rename the folder of the training images, or --data_dir {test}")
+    if split == "test" and test is None:
+        return None
+    root = test if split == "test" else root / "train" if has_train else root
+    names = list_images(root, strict=has_train)
     parts = [tuple(name.split("/")[:-1]) for name in names]  # the folders that each image lies in
-    images = ImageSet(Files(root, names), torch.full((len(names),), -1), [], *IMAGENET_STATS)
     depths = {len(p): name for p, name in zip(parts, names)}
-    if not labelled or set(depths) == {0}:
-        return images
+    if not has_train or set(depths) == {0}:
+        return ImageSet(Files(root, names), torch.full((len(names),), -1), [], *IMAGENET_STATS)
     if len(depths) > 1 or max(depths) > 2:
         example = " and ".join(depths[d] for d in sorted(depths))
         raise DataError(
             f"{root}: use <class>/<image> throughout, or <task>/<class>/<image>, or images without folders; not {example}"
         )
-    if set(depths) == {1} and args.scenario != "domain":
-        return _with_labels(images, [p[0] for p in parts])
-    if set(depths) == {2}:
-        images = _with_labels(images, [p[1] for p in parts])
-    return _with_domains(images, [p[0] for p in parts], args.domain_order)
-
-
-def _with_labels(images, names):
-    """The ImageSet with the class of this name for each image."""
-    classes = sorted(set(names))
+    tasks = None
+    if max(depths) == 2 or args.scenario == "domain":
+        if max(depths) == 1 and test is not None:
+            raise DataError(f"{root} holds <class>/<image> where --scenario domain needs <task>/<class>/<image>, in test/ too")
+        tasks, names, parts = _choose_tasks(root, names, parts, args.domain_order)
+    classes = sorted({p[-1] for p in parts}) if max(depths) == 2 or tasks is None else []
     number = {name: label for label, name in enumerate(classes)}
-    return replace(images, labels=torch.tensor([number[name] for name in names]), classes=classes)
+    labels = torch.tensor([number[p[-1]] if classes else -1 for p in parts])
+    images = ImageSet(Files(root, names), labels, classes, *IMAGENET_STATS)
+    if tasks is not None:
+        images.domains, images.domain_names = torch.tensor([tasks.index(p[0]) for p in parts]), tasks
+        for domain, name in enumerate(tasks):
+            own = set(labels[images.domains == domain].tolist())
+            lacking = [c for label, c in enumerate(classes) if label not in own]
+            if lacking:
+                raise DataError(
+                    f"task folder {root / name} lacks classes of other tasks ({_some(lacking)}): all need the same ones"
+                )
+    return images
 
 
-def _with_domains(images, names, order):
-    """The ImageSet with the domain of this name for each image, of the domains in `order` (all, by name, where it is None)."""
-    known, root = sorted(set(names)), images.images.root
-    order = list(order or known)
-    number = {name: domain for domain, name in enumerate(order)}
-    for name in order:
+def _choose_tasks(root, names, parts, order):
+    """The task folders in their order (all by name, where `order` is None), and the images that lie in them."""
+    known = sorted({p[0] for p in parts})
+    tasks = tuple(order or known)
+    for name in tasks:
         if name not in known:
             raise DataError(f"--domain_order {name}: {root} has the task folders {', '.join(known)}")
-    domains = torch.tensor([number.get(name, -1) for name in names])
-    images = replace(images, domains=domains, domain_names=tuple(order)).subset((domains >= 0).nonzero()[:, 0])
-    for domain, name in enumerate(order):
-        own = set(images.labels[images.domains == domain].tolist())
-        lacking = [c for label, c in enumerate(images.classes) if label not in own]
-        if lacking:
-            raise DataError(f"task folder {root / name} lacks classes of other tasks ({_some(lacking)}): all need the same ones")
-    return images
+    kept = [i for i, p in enumerate(parts) if p[0] in tasks]
+    return tasks, [names[i] for i in kept], [parts[i] for i in kept]
 
 
 def _some(names):
@@ -345,13 +343,13 @@ def find_dataset(args):
         raise DataError(f"--download: {args.dataset} has to be fetched by hand; put it into --data_dir {args.data_dir}")
     if args.probe_data_dir:
         other = copy.copy(args)
-        other.dataset, other.data_dir, other.domain_order = "folder", args.probe_data_dir, None
+        other.dataset, other.data_dir, other.domain_order, other.scenario = "folder", args.probe_data_dir, None, "class"
         train.probe, test = folder("train", other), folder("test", other)
         if not train.probe.classes or test is None:
             raise DataError(f"--probe_data_dir {args.probe_data_dir} needs labelled images in train/<class>/ and test/<class>/")
     probe = train.probe or train
     if test is None or (probe.labels < 0).all():
-        probe = test = None
+        probe = test = train.probe = None
     elif probe.classes != test.classes:
         raise DataError(
             f"{args.probe_data_dir or args.data_dir}: train and test have different classes "
@@ -367,10 +365,19 @@ def find_dataset(args):
 
 def load_dataset(args):
     """`find_dataset`, with images of one size in memory and with the cache that --cache asks for."""
-    train, probe, test = find_dataset(args)
-    for name, images in {"train": train, "probe": train.probe, "test": test}.items():
-        if images is not None and images.one_size:
-            images.images = open_in_memory(images.images, f"{args.dataset}_{name}", args)
-        elif images is not None and images.streams and args.cache != "none":
-            add_cache(images.images, f"{args.dataset}_{name}", args)
-    return train, probe, test
+    train, _, test = find_dataset(args)
+    if train.probe is not None:
+        train.probe = _open(train.probe, "probe", args)
+    train = _open(train, "train", args)
+    test = None if test is None else _open(test, "test", args)
+    return train, None if test is None else train.probe or train, test
+
+
+def _open(images, name, args):
+    """The ImageSet in memory, or with its cache, as it is to be."""
+    if images.one_size:
+        pixels, readable = open_in_memory(images.images, f"{args.dataset}_{name}", args)
+        return replace(images.subset(readable), images=pixels)
+    if images.streams and args.cache != "none":
+        add_cache(images.images, f"{args.dataset}_{name}", args)
+    return images

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import sys
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +23,7 @@ except ImportError:  # deprecated since torchvision 0.29, and to be removed in f
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 CHUNK = 256  # images read at a time, so that what waits stays small
-UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # far larger images are refused
 
 
 class Files:
@@ -57,14 +58,14 @@ class Files:
         return zlib.crc32(b"\n".join(self.names.tolist()))
 
     def fingerprint(self):
-        """Hexadecimal; changes whenever a file is added, removed, renamed, or written. Raises DataError if one is missing."""
+        """Hexadecimal; changes whenever a file is added, removed, renamed, or written."""
         digest = hashlib.sha256()
         for i, name in enumerate(self.names.tolist()):
             try:
                 status = os.stat(self.path(i))
-            except OSError as error:
-                raise DataError(f"cannot read {self.path(i)}: {error.strerror}") from error
-            digest.update(b"%s|%d|%d\n" % (name, status.st_size, status.st_mtime_ns))
+                digest.update(b"%s|%d|%d\n" % (name, status.st_size, status.st_mtime_ns))
+            except OSError:
+                digest.update(name)  # what decodes it will say why
         return digest.hexdigest()
 
 
@@ -72,12 +73,12 @@ def decode(path):
     """uint8 [3, H, W], RGB, upright, in the memory format channels_last. Raises DataError if the file cannot be read."""
     try:
         return decode_bytes(np.fromfile(path, np.uint8))
-    except UNREADABLE as error:
-        raise DataError(f"cannot decode {path} ({describe(error)}): replace or remove it") from error
+    except Exception as error:  # Pillow promises no set of exceptions
+        raise DataError(f"cannot decode {path} ({describe(error)}): replace or remove it, or pass --skip_corrupt") from error
 
 
 def decode_bytes(data):
-    """`decode` of a file's contents, uint8 [bytes]; raises one of UNREADABLE.
+    """`decode` of a file's contents, uint8 [bytes]; raises whatever Pillow raises.
 
     torchvision, where it can, reads JPEG files faster than Pillow and to the same bits; Pillow reads the rest, and has the
     last word on files that torchvision refuses.
@@ -115,43 +116,59 @@ def in_parallel(function, count, description):
     """
     threads = torch.get_num_threads()
     progress = bar(desc=description, total=count, unit="image")
-    with progress, ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for start in range(0, count, CHUNK):
-            for result in pool.map(function, range(start, min(start + CHUNK, count))):
-                yield result
-                progress.update()
-    torch.set_num_threads(threads)  # the pool's setting would reach every thread that is started after it
+    try:
+        with progress, ThreadPoolExecutor(default_workers(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for start in range(0, count, CHUNK):
+                for result in pool.map(function, range(start, min(start + CHUNK, count))):
+                    yield result
+                    progress.update()
+    finally:
+        torch.set_num_threads(threads)  # the pool's setting would reach every thread that is started after it
 
 
 def to_rgb(image):
-    """The Pillow image as it is meant to be seen: turned as EXIF says, RGB, 16 bits brought to 8."""
+    """The Pillow image as RGB: turned as EXIF says, 16 bits brought to 8, transparency left out. Raises ValueError for numbers
+    of an unknown range."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits, which convert would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, whose range is not known")
+    if image.mode.startswith("I"):  # 16 bits or more, which convert would clip at 255
+        pixels = np.asarray(image)
+        wide = image.mode != "I" or pixels.max() > 255
+        image = Image.fromarray((pixels >> 8 if wide else pixels).astype(np.uint8))
     if "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
-def list_images(root, folders=None):
+def list_images(root, folders=None, strict=True):
     """The names of all images below root (or below these folders of it), sorted folder by folder; hidden ones are passed over.
 
-    Raises DataError if there is no such folder, no image at all, or a folder with neither images nor folders in it.
+    Raises DataError if there is no such folder, no image at all, a folder that cannot be read or that is met twice and, if
+    strict, a folder with neither images nor folders in it.
     """
+
+    def stop(error):
+        raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
+
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"no folder {root}: expected one folder of images per class in it; check --data_dir")
-    names = []
+    names, met = [], set()
     for place in [root] if folders is None else [root / folder for folder in folders]:
-        for folder, inner, files in os.walk(place, followlinks=True):
+        for folder, inner, files in os.walk(place, followlinks=True, onerror=stop):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in met:
+                raise DataError(f"{folder} is a link to a folder that is read already: remove it")
+            met.add((status.st_dev, status.st_ino))
             inner[:] = sorted(name for name in inner if not name.startswith("."))
             images = sorted(f for f in files if f.lower().endswith(SUFFIXES) and not f.startswith("."))
-            if not images and not inner:
-                if Path(folder) == root:
-                    raise DataError(f"{root} holds no class folders: expected {root}/<class>/<image>.png or .jpg")
-                raise DataError(f"class folder {folder} holds no PNG or JPEG images: add some or remove the folder")
+            if strict and not images and not inner and Path(folder) != root:
+                raise DataError(f"class folder {folder} holds no images (PNG, JPEG, WebP, ...): add some or remove the folder")
             prefix = os.path.relpath(folder, root)
             names += images if prefix == "." else [f"{prefix}/{name}" for name in images]
+    if not names:
+        raise DataError(f"{root} holds no class folders and no images: expected {root}/<class>/<image>.png or .jpg")
     return names
 
 

@@ -36,7 +36,7 @@ class Loader:
         self.share = slice(rank * share, (rank + 1) * share)
         self.steps = len(indices) // batch_size  # per epoch
 
-    skipped = 0  # images that could not be read
+    skipped = ()  # indices of images that could not be read
 
     def batches(self, epoch, first_step=0):
         """The indices int64 [N/world] of this rank for each step of an epoch, from first_step on."""

@@ -7,6 +7,7 @@ import torch
 from data import DataError
 
 SCENARIOS = ("class", "data", "domain")
+DEFAULT_TASKS = 5
 DATA_SEED = 42  # of data-incremental parts, whatever the run's seed: that of the released code
 
 
@@ -62,11 +63,15 @@ def class_order(num_classes, num_tasks, seed):
 
 
 def plan(train, test, scenario, num_tasks, seed):
-    """The Tasks of a training and a test ImageSet (None where there is none).
+    """The Tasks of a training and a test ImageSet (None where there is none); num_tasks None: one per domain, or else 5.
 
     A task is tested on its own classes or its own domain. Data-incremental tasks, joint training, and training images that
     have another test set than their own (train.probe) are tested on the whole of it.
     """
+    if scenario == "domain" and train.domains is None:
+        raise DataError("--scenario domain: the data set has no domains: use --scenario class or data")
+    if num_tasks is None:
+        num_tasks = len(train.domain_names) if scenario == "domain" else DEFAULT_TASKS
     indices = split(train.labels, train.domains, len(train.classes), scenario, num_tasks, seed)
     if scenario == "class" and num_tasks > 1:
         names = [c.tolist() for c in class_order(len(train.classes), num_tasks, seed)]

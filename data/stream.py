@@ -32,7 +32,7 @@ class Crops(Dataset):
     def __getitem__(self, request):
         indices, key = request
         views = 1 if key is None else len(self.min_scales)
-        crops = torch.empty(len(indices), views, 3, self.size, self.size, dtype=torch.uint8)
+        crops = torch.zeros(len(indices), views, 3, self.size, self.size, dtype=torch.uint8)
         if torch.utils.data.get_worker_info() is not None:
             crops.share_memory_()  # so that it reaches the main process without a copy
         unreadable = {}
@@ -108,15 +108,15 @@ class Stream:
             generator=torch.Generator(),  # so that PyTorch's own one stays untouched
         )
 
-    def batches(self, requests):
-        """Yields uint8 [n, V, 3, S, S] on the device for every request."""
+    def batches(self, requests, some=False):
+        """Yields uint8 [n, V, 3, S, S] on the device for every request; some: raises DataError where none can be read."""
         self.requests.next = requests
         self.iterator = iter(self.loader)
         for crops, unreadable in self.iterator:
             for i, reason in unreadable.items():
                 self.skip(i, reason)
-            if len(unreadable) == len(crops) > 1:
-                raise DataError(f"{reason}; so are all other images of its batch: is the disk there?")
+            if some and len(unreadable) == len(crops):
+                raise DataError(f"{reason}; nor can any other image of its batch be read: is the disk there?")
             yield crops.to(self.device, non_blocking=True)
 
     def close(self):
@@ -128,7 +128,7 @@ class Stream:
 
     def skip(self, i, reason):
         if not self.skip_corrupt:
-            raise DataError(f"{reason}, or pass --skip_corrupt to go on without it")
+            raise DataError(reason)
         if i not in self.skipped:
             print(f"warning: skipped: {reason}", file=sys.stderr)
         self.skipped[i] = reason
@@ -139,12 +139,12 @@ class StreamLoader(Loader):
 
     @property
     def skipped(self):
-        return len(self.images.skipped)
+        return self.images.skipped
 
     def epoch(self, epoch, first_step=0):
         key = (self.seed, self.task, epoch)
         requests = ((batch, key) for batch in self.batches(epoch, first_step))
-        for step, crops in enumerate(self.images.batches(requests), first_step):
+        for step, crops in enumerate(self.images.batches(requests, some=True), first_step):
             yield self.augment(crops.transpose(0, 1), epoch, step)
 
 
@@ -155,6 +155,8 @@ def plain_stream(images, size, mean, std, device, workers, skip_corrupt=False, b
     for crops in stream.batches(requests):
         x = crops[:, 0].float().div_(255)
         yield augment.normalize(x, mean, std).contiguous(memory_format=torch.channels_last)
+    if len(stream.skipped) == len(images.labels):
+        raise DataError(f"no image of {images.images.root} can be read: is the disk there?")
     images.labels[list(stream.skipped)] = -1
 
 

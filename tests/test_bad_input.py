@@ -64,7 +64,7 @@ def test_missing_data(tmp_path, capsys):
 
 def test_class_folder_without_images(folders, tmp_path, capsys):
     (folders / "train" / "cow").mkdir()
-    fails(capsys, small(folders, tmp_path / "run"), str(folders / "train" / "cow"), "no PNG or JPEG")
+    fails(capsys, small(folders, tmp_path / "run"), str(folders / "train" / "cow"), "holds no images")
 
 
 @pytest.mark.parametrize(

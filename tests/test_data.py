@@ -174,9 +174,27 @@ def test_contents(data):
 
 
 def test_unlabelled_domains(data, tmp_path):
-    """train/<task>/<image> with --scenario domain."""
-    train, probe, test = load(data, "plain", "--scenario domain --num_tasks 2")
+    """train/<task>/<image> with --scenario domain, evaluated with labels from elsewhere."""
+    shutil.copytree(data / "plain" / "train", tmp_path / "plain" / "train")
+    train, probe, test = load(tmp_path, "plain", "--scenario domain")
     assert train.domain_names == ("ant", "bee") and (train.labels == -1).all() and probe is test is None
+    call = f"{FLAGS.replace('--num_tasks 2', '')} --dataset folder --data_dir {tmp_path / 'plain'} --scenario domain --batch_size 2"
+    assert run(f"{call} --probe_data_dir {data / 'plain'} --out_dir {tmp_path / 'run'}") == 0
+    matrix = json.loads((tmp_path / "run" / "results.json").read_text())["matrix"]
+    assert [len(set(row)) for row in matrix] == [1, 1] and len(matrix[0]) == 2
+
+
+def test_main_linear_keeps_to_the_tasks_of_the_run(data, tmp_path, capsys):
+    import main_linear
+
+    assert run(flags(data, "folder", "domain", tmp_path / "run") + " --domain_order z x --num_tasks 2") == 0
+    matrix = json.loads((tmp_path / "run" / "results.json").read_text())["matrix"]
+    fails(capsys, f"--run {tmp_path / 'run'} --domain_order x z", "--domain_order", "leave it out", script=main_linear)
+    fails(capsys, f"--run {tmp_path / 'run'} --cache disk", "--cache disk", "leave it out", script=main_linear)
+    assert run(f"--run {tmp_path / 'run'} --protocol knn", main_linear) == 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["knn"]["matrix"] == matrix
+    network = tmp_path / "run" / "task1.pt"
+    assert run(f"--checkpoint {network} --dataset digits --protocol knn", main_linear) == 0  # other data, other tasks
 
 
 def test_probe_data_dir(data, tmp_path, capsys):
@@ -320,10 +338,12 @@ def test_a_skipped_image_gives_its_place_to_the_next(spoiled):
     assert torch.equal(crops[number], whole[number + 1 if number < 15 else 0])
     kept = torch.arange(16) != number
     assert torch.equal(crops[kept], whole[kept])
-    with pytest.raises(DataError, match="all other images of its batch"):
-        list(Stream(Crops(Files(root, ["a", "b"]), 16), 0, CPU, skip_corrupt=True).batches([(torch.arange(2), None)]))
+    for count in (1, 2):
+        lost = Stream(Crops(Files(root, ["a", "b"]), 16), 0, CPU, skip_corrupt=True)
+        with pytest.raises(DataError, match="any other image of its batch"):
+            list(lost.batches([(torch.arange(count), (1, 2, 3))], some=True))
     images = load(root, "plain")[0]
-    list(plain_stream(images, 16, images.mean, images.std, CPU, 0, skip_corrupt=True))
+    list(plain_stream(images, 16, images.mean, images.std, CPU, 0, skip_corrupt=True, batch_size=1))
     assert (images.labels == -1).nonzero().tolist() == [[number]]  # it takes no part in the evaluation
 
 
@@ -393,7 +413,7 @@ def test_cache_holds_reduced_images(data, tmp_path):
 @pytest.mark.parametrize("cache", ["disk", "ram"])
 def test_cached_runs(data, tmp_path, cache, capsys):
     """Workers or not, the same bits; --cache disk decodes once, --cache ram leaves nothing behind."""
-    before = set(trees.Path("/dev/shm").glob("*.cache"))
+    before = set(trees.Path("/dev/shm").iterdir())
     call = f"{flags(data, 'plain', 'class', tmp_path / 'a')} --cache {cache} --cache_size 20 --cache_dir {tmp_path / 'cache'}"
     assert run(f"{call} --workers 0") == 0
     written = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").glob("*.cache")}
@@ -401,7 +421,37 @@ def test_cached_runs(data, tmp_path, cache, capsys):
     assert run(f"{call} --workers 2 --out_dir {tmp_path / 'b'}") == 0
     assert written == {p: p.stat().st_mtime_ns for p in written}
     assert (tmp_path / "a" / "metrics.jsonl").read_text() == (tmp_path / "b" / "metrics.jsonl").read_text()
-    assert set(trees.Path("/dev/shm").glob("*.cache")) == before
+    assert {p for p in trees.Path("/dev/shm").iterdir() if "folder" in p.name} <= before
+
+
+def test_damaged_caches_are_made_again(data, tmp_path, capsys):
+    images, path = files(data).images, tmp_path / "cache"
+    good = open_cache(images, path, 20).image(3).clone()
+    whole = path.read_bytes()
+    for damaged in (b"a" * 5000, b"", whole[:100], whole[:-1], whole + b"x"):
+        path.write_bytes(damaged)
+        assert torch.equal(open_cache(images, path, 20).image(3), good)
+        assert len(capsys.readouterr().err.splitlines()) == 1
+        assert path.read_bytes() == whole
+
+
+def test_corrupt_small_images(data, tmp_path, capsys):
+    """--skip_corrupt leaves images out of what is held in memory, whether or not the cache is there already."""
+    shutil.copytree(data / "cifar10", tmp_path / "cifar10", ignore=shutil.ignore_patterns(".*"))
+    path = tmp_path / "cifar10" / "train" / "003" / "1.png"
+    path.write_bytes(b"")
+    call = flags(tmp_path, "cifar10", "data", tmp_path / "run")
+    fails(capsys, call, "cannot decode", str(path), "--skip_corrupt")
+    for _ in range(2):
+        train, *_ = load(tmp_path, "cifar10", "--skip_corrupt")
+        assert len(train.images) == len(train.labels) == 39 and (train.labels == 3).sum() == 3
+        assert str(path) in capsys.readouterr().err
+    assert run(f"{call} --skip_corrupt") == 0
+    fails(capsys, call.replace("/run", "/x"), "cannot decode", str(path))
+    trees.picture(0).save(path)
+    fails(capsys, call.replace("/run", "/x"), "1.png is 50x40", "others are 8x8")
+    status, out = checked(capsys, f"--dataset cifar10 --data_dir {tmp_path / 'cifar10'} --batch_size 4")
+    assert status == 2 and "50x40 pixels, others 8x8" in out
 
 
 def test_two_jobs_make_one_cache(data, tmp_path, monkeypatch, capsys):
@@ -423,7 +473,7 @@ def test_cache_problems(spoiled, tmp_path, capsys, monkeypatch):
     call = f"{flags(root, 'plain', 'class', tmp_path / 'run')} --cache disk --cache_size 20 --eval none"
     whole = path.read_bytes()
     path.write_bytes(whole[:200])
-    fails(capsys, call, "cannot decode", str(path))
+    fails(capsys, call, "cannot decode", str(path), "--skip_corrupt")
     assert not list((root / "plain").glob(".*.cache")) and not list((root / "plain").glob(".*.tmp"))
     assert run(f"{call} --skip_corrupt") == 0
     path.write_bytes(whole)  # written after the cache, which is made again
@@ -483,7 +533,13 @@ def test_bad_trees(data, tmp_path, capsys):
     bad("plain", "throughout", "ant/1.JPEG", "ant/deep/1.JPEG")
     bad("plain", "no folder", extra=f"--data_dir {tmp_path / 'nowhere'}")
     bad("plain", "fewer than --batch_size 16", extra=f"--data_dir {data / 'plain'} --batch_size 16")
-    bad("plain", "has 1 domain", extra=f"--data_dir {data / 'cifar10'} --dataset cifar10", scenario="domain")
+    bad("plain", "has no domains", extra=f"--data_dir {data / 'cifar10'} --dataset cifar10", scenario="domain")
+    bad("plain", "<task>/<class>/<image>", extra=f"--data_dir {data / 'plain'}", scenario="domain")
+    (tmp_path / "renamed" / "test" / "ant").mkdir(parents=True)
+    bad("plain", "test/ but no train/", extra=f"--data_dir {tmp_path / 'renamed'}")
+    trees.fill(tmp_path / "loop", ["a"], 2)
+    (tmp_path / "loop" / "a" / "self").symlink_to(".")
+    bad("plain", "a link to a folder", extra=f"--data_dir {tmp_path / 'loop'}", scenario="data")
     bad("plain", "--domain_order", "no domains", extra=f"--data_dir {data / 'plain'} --domain_order ant")
     bad("plain", "have no labels", "--scenario data", extra=f"--data_dir {data / 'unlabelled'}")
     assert not (tmp_path / "run").exists()
@@ -534,6 +590,17 @@ def test_check(data, tmp_path, capsys):
     assert status == 2 and "does not divide the 10 classes" in out
     with pytest.raises(DataError, match="no folder"):
         check.main(check.parse_arguments(["--dataset", "folder", "--data_dir", str(tmp_path / "nowhere")]))
+
+
+def test_unknown_pixels(tmp_path):
+    """16 and 32 bits are brought to 8; floating point is refused; what surprises Pillow is an unreadable file."""
+    ramp = np.arange(256).reshape(16, 16)
+    for pixels in (ramp.astype(np.uint16) * 257, ramp.astype(np.int32), ramp.astype(np.int32) * 257):
+        Image.fromarray(pixels).save(tmp_path / "x.tif")
+        assert torch.equal(decode(tmp_path / "x.tif")[1], torch.from_numpy(ramp).byte())
+    Image.fromarray(ramp.astype(np.float32) / 255).save(tmp_path / "x.tif")
+    with pytest.raises(DataError, match="floating-point"):
+        decode(tmp_path / "x.tif")
 
 
 def test_look_alikes(tmp_path):

@@ -38,6 +38,14 @@ class Process:
             dist.barrier()
         return result
 
+    def union(self, items):
+        """The set of all ranks' items."""
+        if self.world == 1:
+            return set(items)
+        lists = [None] * self.world
+        dist.all_gather_object(lists, list(items))
+        return set().union(*lists)
+
     def agree(self, flag, now):
         """True on every rank if `now` (the same on all) and the flag is set on one of them; waits for the device if so."""
         if self.world == 1 or not now:

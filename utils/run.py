@@ -203,8 +203,8 @@ class Run:
             self.log.hparams(self.arguments, scores)
 
 
-class Stopped(Exception):
-    """A signal asked the run to leave; its name is the argument."""
+class Stopped(BaseException):
+    """A signal asked the run to leave; its name is the argument. Like KeyboardInterrupt no Exception: nothing else catches it."""
 
 
 class StopRequest:
