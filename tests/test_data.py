@@ -45,6 +45,7 @@ def data(tmp_path_factory):
     trees.imagenet(root / "imagenet100", [*wanted, "n99999998", "n99999999"], train=2)
     trees.imagenet(root / "imagenet", trees.wordnet_ids(1000), train=1)
     trees.domainnet(root / "domainnet")
+    trees.domainnet(root / "one_domain", classes=345, train=1, test=1, domains=DOMAINS[:1])
     trees.fill(
         root / "folder", [f"{split}/{task}/{name}" for split in ("train", "test") for task in "xyz" for name in ("ant", "bee")], 4
     )
@@ -87,6 +88,7 @@ SETS = {  # name of the folder: --dataset, flags that make epochs of three steps
     "imagenet100": ("imagenet100", "--batch_size 32", "class data"),
     "imagenet": ("imagenet", "--batch_size 128 --moco_queue_size 128", "class data"),
     "domainnet": ("domainnet", "--batch_size 4 --num_tasks 3 --domain_order clipart real sketch", "domain data"),
+    "one_domain": ("domainnet", "--batch_size 16 --num_tasks 5 --domain_order real", "class"),
     "folder": ("folder", "--batch_size 2 --num_tasks 3", "domain class1 data"),
     "plain": ("folder", "--batch_size 2", "class data"),
     "unlabelled": ("folder", "--batch_size 2", "class1 data"),
