@@ -605,15 +605,16 @@ def test_unknown_pixels(tmp_path):
         decode(tmp_path / "x.tif")
 
 
-def test_look_alikes(tmp_path):
-    """A recompressed, resized copy has the signature of its original; other pictures do not; flat ones have none."""
-    marks = []
-    for image in (trees.picture(1, 200, 300), trees.picture(1, 200, 300).resize((150, 100)), trees.picture(2, 200, 300)):
-        marks.append(check.inspect(np.frombuffer(bytearray(trees.encode(image, quality=70)), np.uint8))[2])
-    assert marks[0] is not None and marks[0] != marks[2]
-    same = check.inspect(np.frombuffer(bytearray(trees.encode(trees.picture(1, 200, 300), "PNG")), np.uint8))[2]
-    assert (
-        same
-        == check.inspect(np.frombuffer(bytearray(trees.encode(trees.picture(1, 200, 300), "WEBP", lossless=True)), np.uint8))[2]
-    )
-    assert check.signature(torch.full((3, 50, 50), 7, dtype=torch.uint8)) is None
+def test_look_alikes():
+    """Recompressed and resized copies are found; other pictures and flat ones are not taken for each other."""
+    originals = [trees.picture(seed, 200, 300) for seed in range(40)]
+
+    def marks(pictures, **options):
+        found = [check.inspect(np.frombuffer(bytearray(trees.encode(p, **options)), np.uint8))[2] for p in pictures]
+        return torch.stack(found)
+
+    same = [(i, i) for i in range(40)]
+    assert check.look_alikes(marks(originals), marks(originals), chunk=7) == same
+    assert check.look_alikes(marks(originals), marks([p.resize((150, 100)) for p in originals], quality=70)) == same
+    flat = torch.stack([check.signature(torch.full((3, 50, 50), 7, dtype=torch.uint8))] * 2)
+    assert check.look_alikes(flat, flat) == []
