@@ -290,14 +290,17 @@ def test_ranks_workers_and_resumed_epochs_see_the_same(data):
 
 def test_memory_does_not_grow(data):
     """Fifty epochs with workers; what is left of a leak of one batch an epoch would be far more."""
-    psutil_free = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096  # noqa: E731
+
+    def resident():
+        return int(trees.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
     loader = stream_loader(files(data).images, workers=1)
     for epoch in range(10):
         list(loader.epoch(epoch))
-    before = psutil_free()
+    before = resident()
     for epoch in range(10, 60):
         list(loader.epoch(epoch))
-    assert psutil_free() - before < 2e6
+    assert resident() - before < 2e6
     open_files = len(list(trees.Path("/proc/self/fd").iterdir()))
     list(loader.epoch(60))
     assert len(list(trees.Path("/proc/self/fd").iterdir())) <= open_files
