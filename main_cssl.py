@@ -21,7 +21,7 @@ from data import DataError
 from data.augment import ViewConfig
 from data.datasets import add_data_arguments, load_dataset
 from data.files import bar
-from data.loader import EVALUATION_BATCH, Loader, generator, plain_batches
+from data.loader import EVALUATION_BATCH, Loader, evaluation_share, generator, plain_batches
 from data.scenarios import DEFAULT_TASKS, SCENARIOS, plan
 from data.stream import TIMEOUT, Crops, Stream, StreamLoader, close_all, plain_stream
 from losses import METHODS, REGULARIZERS
@@ -34,13 +34,17 @@ from utils.collapse import health, plot_spectrum, spread
 from utils.log import Progress
 from utils.meter import Clock, Meter
 from utils.optim import LARS, warmup_cosine
-from utils.run import Run, Stopped, StopRequest
+from utils.run import Run, Stopped, StopRequest, ignore_signals
 
 OPTIMIZERS = {"lars": LARS, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-LOADER_ERRORS = {
+KNOWN_ERRORS = {
     "DataLoader timed out": f"no images came for {TIMEOUT} s: does the disk of --data_dir answer?",
     "DataLoader worker": "a worker process that decodes images was killed, as a system does that runs out of memory (or a "
     "container out of shared memory): lower --workers or --batch_size",
+    **dict.fromkeys(
+        ("closed by peer", "reset by peer", "remote process exited"),
+        "another process of this run ended without a word, as one does that is killed or whose machine fails",
+    ),
 }
 STREAM_SIZE = 224  # of views of images that differ in size
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -130,7 +134,9 @@ def main(args):
         progress.say(values["loss"], lr, speed["images_per_second"], speed["data_wait_share"])
 
     if args.eval != "none" and not run.matrix and run.random_row is None:
-        run.random_row = accuracies(args, frozen_features(args, process, method.backbone, probe, test), probe, test, tasks)
+        run.random_row = accuracies(
+            args, process, *frozen_features(args, process, method.backbone, probe, test), probe.classes, tasks
+        )
     if args.init_from and not run.resumed:
         method.load_state_dict(initial.state_dict())
 
@@ -181,9 +187,10 @@ def main(args):
         if run.finished == task:  # otherwise the run was interrupted after this evaluation
             save_network(run, method)
             if args.eval != "none":
-                features = frozen_features(args, process, method.backbone, probe, test)
-                run.matrix.append(accuracies(args, features, probe, test, tasks))
-                publish(args, run, *health(features[1], method.codes(features[1])))
+                known, tested = frozen_features(args, process, method.backbone, probe, test)
+                run.matrix.append(accuracies(args, process, known, tested, probe.classes, tasks))
+                features = process.gather(tested[0])
+                publish(args, run, *health(features, method.codes(features)))
             run.finished += 1
             run.save(**parts)
         run.task, run.epoch, run.step = task + 1, 0, 0
@@ -263,26 +270,31 @@ def wrap(learner, process, compiled):
 
 
 def frozen_features(args, process, backbone, *sets):
-    """Features float32 [N, F] of each ImageSet, without augmentation."""
-    features = []
+    """For each ImageSet, of the images that are this rank's share: features float32 [n, F], without augmentation, and labels."""
+    found = []
     for images in sets:
-        setting = (args.image_size, images.mean, images.std)
-        if images.streams:
-            batches = plain_stream(images, *setting, process.device, args.workers, args.skip_corrupt)
+        share = evaluation_share(len(images.labels), process.rank, process.world)
+        count, setting = share.stop - share.start, (args.image_size, images.mean, images.std)
+        if not count:
+            batches = ()
+        elif images.streams:
+            batches = plain_stream(images, share, *setting, process.device, args.workers, args.skip_corrupt)
         else:
-            batches = plain_batches(images.images, *setting)
-        total = -(-len(images.labels) // EVALUATION_BATCH)
+            batches = plain_batches(images.images[share], *setting)
+        total = -(-count // EVALUATION_BATCH)
         shown = bar(batches, desc="evaluating", total=total, unit="batch", leave=False, disable=not process.main)
-        features.append(evaluate.extract(backbone, shown, PRECISIONS[args.precision]))
-    return features
+        features = evaluate.extract(backbone, shown, PRECISIONS[args.precision])
+        found.append((features, images.labels[share]))  # of which extraction has struck out those of skipped images
+    return found
 
 
-def accuracies(args, features, probe, test, tasks):
-    """One row of a[k][t] from the features of both sets: the accuracy on each task, by the protocol args.eval."""
-    probe_x, test_x = features
-    known = probe.labels >= 0
-    predictions = evaluate.classify(args, probe_x[known], probe.labels[known], test_x, len(probe.classes))
-    return evaluate.accuracy_row(predictions, test.labels, tasks.test)
+def accuracies(args, process, probe, test, classes, tasks):
+    """One row of a[k][t]: the accuracy on each task, by the protocol args.eval. probe, test: features and labels, as
+    frozen_features gives them."""
+    (probe_x, probe_y), (test_x, test_y) = probe, test
+    known = probe_y >= 0
+    predictions = evaluate.classify(args, process, probe_x[known], probe_y[known], test_x, len(classes))
+    return evaluate.accuracy_row(process.gather(predictions), process.gather(test_y), tasks.test)
 
 
 def save_network(run, method):
@@ -335,31 +347,40 @@ def print_results(run, args, skipped):
 
 
 def report_errors(function, name):
-    """The exit status of function(): a user's error is one line and status 2, an interruption one line and 128 + the signal."""
+    """The exit status of function(): a user's error is one line and status 2, an interruption one line and 128 + the signal.
+
+    Of many ranks the first one that fails speaks: what ends the others is that it has gone.
+    """
     try:
         function()
-    except Stopped as stopped:
-        number = stopped.args[0]
-        print(f"{name}: stopped by {number.name}; what was saved is safe: run the same command again to go on", file=sys.stderr)
-        return 128 + number
-    except (DataError, MethodError, RunError, OSError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        advice = next((advice for words, advice in LOADER_ERRORS.items() if words in str(error)), None)
-        if advice:
-            print(f"{name}: error: {advice}; what was saved is safe: the same command again goes on", file=sys.stderr)
-            return 2
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            print(
-                f"{name}: error: out of memory: lower --batch_size, --image_size, --width or the size of queue or heads",
-                file=sys.stderr,
-            )
-            return 2
+        return 0
+    except SystemExit:
         raise
+    except BaseException as error:
+        ignore_signals()
+        status, message = explain(error)
+        if distributed.first_to_speak():
+            if message is None:
+                raise
+            print(f"{name}: {message}", file=sys.stderr)
+        return status
     finally:
         close_all()
-    return 0
+
+
+def explain(error):
+    """Exit status and one line for an error; no line where only a traceback can say what it is."""
+    if isinstance(error, Stopped):
+        number = error.args[0]
+        return 128 + number, f"stopped by {number.name}; what was saved is safe: run the same command again to go on"
+    if isinstance(error, (DataError, MethodError, RunError, OSError)):
+        return 2, f"error: {error}"
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return 2, "error: out of memory: lower --batch_size, --image_size, --width or the size of queue or heads"
+    for words, advice in KNOWN_ERRORS.items():
+        if isinstance(error, RuntimeError) and words in str(error):
+            return 2, f"error: {advice}; what was saved is safe: the same command again goes on"
+    return 1, None
 
 
 if __name__ == "__main__":

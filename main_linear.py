@@ -4,6 +4,7 @@ examples:
     python main_linear.py --run runs/cifar100-class5-moco-pnr-seed5 --protocol knn
     python main_linear.py --run runs/cifar100-class5-moco-pnr-seed5 --label_fraction 0.01
     python main_linear.py --checkpoint released.ckpt --backbone resnet18 --dataset cifar100 --data_dir DIR
+    torchrun --nproc_per_node 4 -- main_linear.py --run DIR      (without the -- torchrun takes --run for a flag of its own)
 
 --run evaluates the network after every task, with the run's own data set and settings unless flags say otherwise, and adds the
 numbers to its results.json under the protocol's name. --checkpoint prints the numbers of one network.
@@ -110,7 +111,7 @@ def main(args):
         protocol += f"; {100 * args.label_fraction:g} % of the labels"
 
     def row():
-        return accuracies(args, frozen_features(args, process, backbone, probe, test), probe, test, tasks)
+        return accuracies(args, process, *frozen_features(args, process, backbone, probe, test), probe.classes, tasks)
 
     random_row = row() if args.run else None
     matrix = []
@@ -118,7 +119,11 @@ def main(args):
         checkpoint.load_strictly(backbone, checkpoint.read_network(path)["backbone"], path, what)
         matrix.append(row())
         mean = sum(matrix[-1]) / len(matrix[-1])
-        print(f"{path}: {mean:.2f} % (per task: {', '.join(f'{a:.2f}' for a in matrix[-1])})", flush=True)
+        if process.main:
+            print(f"{path}: {mean:.2f} % (per task: {', '.join(f'{a:.2f}' for a in matrix[-1])})", flush=True)
+    distributed.stop()
+    if not process.main:
+        return
     print(protocol)
     if args.run:
         block = evaluate.summary(matrix, args.num_tasks, protocol, random_row)

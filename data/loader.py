@@ -16,6 +16,12 @@ def generator(*key):
     return torch.Generator().manual_seed(int(seed))
 
 
+def evaluation_share(count, rank, world):
+    """The slice of `count` images that this rank evaluates: whole batches, so that all ranks together compute what one does."""
+    batches = -(-count // EVALUATION_BATCH)
+    return slice(*(min(i * batches // world * EVALUATION_BATCH, count) for i in (rank, rank + 1)))
+
+
 class Loader:
     """Serves one task: the images stay on the device, a batch is one gather, both views are made for it at once.
 

@@ -148,14 +148,15 @@ class StreamLoader(Loader):
             yield self.augment(crops.transpose(0, 1), epoch, step)
 
 
-def plain_stream(images, size, mean, std, device, workers, skip_corrupt=False, batch_size=EVALUATION_BATCH):
-    """plain_batches for an ImageSet of files: the centre of each image. One that is skipped loses its label."""
+def plain_stream(images, share, size, mean, std, device, workers, skip_corrupt=False, batch_size=EVALUATION_BATCH):
+    """plain_batches for a slice of an ImageSet of files: the centre of each image. One that is skipped loses its label."""
     stream = Stream(Crops(images.images, size), workers, device, skip_corrupt, persistent=False)
-    requests = ((part, None) for part in torch.arange(len(images.images)).split(batch_size))
+    indices = torch.arange(share.start, share.stop)
+    requests = ((part, None) for part in indices.split(batch_size))
     for crops in stream.batches(requests):
         x = crops[:, 0].float().div_(255)
         yield augment.normalize(x, mean, std).contiguous(memory_format=torch.channels_last)
-    if len(stream.skipped) == len(images.labels):
+    if len(stream.skipped) == len(indices):
         raise DataError(f"no image of {images.images.root} can be read: is the disk there?")
     images.labels[list(stream.skipped)] = -1
 

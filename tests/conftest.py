@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 
 import main_cssl
+from utils.run import STOP_SIGNALS
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -43,6 +45,14 @@ def command(script, flags, **options):
     return subprocess.run(call, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, **options)
 
 
+mp.get_context("forkserver").set_forkserver_preload(["main_cssl"])  # imported once for all processes that the tests start
+
+
+def start_ranks(function, world, *args):
+    """Calls function(rank, world, *args) in `world` processes and waits for them; raises where one of them does."""
+    mp.start_processes(function, (world, *args), nprocs=world, start_method="forkserver")
+
+
 def run(flags, script=main_cssl):
     """Runs the script's main in this process; its exit status. Flags are one string."""
     return main_cssl.report_errors(lambda: script.main(script.parse_arguments(flags.split())), "program")
@@ -50,8 +60,9 @@ def run(flags, script=main_cssl):
 
 @pytest.fixture(autouse=True)
 def _as_found():
-    """One thread, here and in ENVIRONMENT, so that all processes of a test compute the same bits; and pytest's Ctrl-C back."""
+    """One thread, here and in ENVIRONMENT, so that all processes of a test compute the same bits; and pytest's signals back."""
     torch.set_num_threads(1)
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
-    signal.signal(signal.SIGINT, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

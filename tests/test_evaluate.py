@@ -97,7 +97,7 @@ def test_classify_learns_separable_classes(protocol):
     torch.manual_seed(0)
     y = torch.arange(400) % 4
     x = F.one_hot(y, 4) + 0.1 * torch.randn(400, 4)
-    predictions = evaluate.classify(arguments(f"--eval {protocol} --probe_lr 0.5"), x[:300], y[:300], x[300:], 4)
+    predictions = evaluate.classify(arguments(f"--eval {protocol} --probe_lr 0.5"), evaluate.ALONE, x[:300], y[:300], x[300:], 4)
     assert torch.equal(predictions, y[300:])
 
 

@@ -2,8 +2,8 @@
 
 import argparse
 import math
+import os
 import re
-import sys
 
 SECONDS = {"s": 1, "m": 60, "h": 3600}
 
@@ -34,8 +34,11 @@ class Parser(argparse.ArgumentParser):
         return [known[name] for name in names]
 
     def error(self, message):
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
-        sys.exit(2)
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def _print_message(self, message, file=None):
+        if os.environ.get("RANK", "0") == "0":  # torchrun's processes have the same arguments: one speaks for all
+            super()._print_message(message, file)
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):

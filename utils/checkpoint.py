@@ -92,8 +92,8 @@ def exists(folder):
     return any((Path(folder) / name).exists() for name in (LAST, PREVIOUS))
 
 
-def load_last(folder):
-    """The newest state of a run folder that can be read, or None in a new one."""
+def load_last(folder, warn=True):
+    """The newest state of a run folder that can be read, or None in a new one; warn: of those that cannot."""
     found = [Path(folder) / name for name in (LAST, PREVIOUS) if (Path(folder) / name).exists()]
     for path in found:
         try:
@@ -102,7 +102,8 @@ def load_last(folder):
                 raise RunError(f"cannot read checkpoint {path}: it is not the state of a run")
             return state
         except RunError as error:
-            print(f"warning: {error}; going back to the one before it", file=sys.stderr)
+            if warn:
+                print(f"warning: {error}; going back to the one before it", file=sys.stderr)
     if found:
         raise RunError(f"no readable checkpoint in {folder}: remove {found[0].name} to start again from the beginning")
     return None

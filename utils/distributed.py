@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,17 +27,47 @@ class Process:
 
     def first(self, function):
         """The function's result, on rank 0 before the others, so that these find the files that it writes."""
-        if self.world == 1:
-            return function()
         if not self.main:
-            try:
-                dist.barrier()
-            except RuntimeError as error:
-                raise RunError("the first process stopped; its message says why") from error
+            dist.barrier()
         result = function()
-        if self.main:
+        if self.main and self.world > 1:
             dist.barrier()
         return result
+
+    def counts(self, count):
+        """The counts of all ranks, a list."""
+        if self.world == 1:
+            return [count]
+        counts = torch.zeros(self.world, dtype=torch.int64, device=self.device)
+        counts[self.rank] = count
+        dist.all_reduce(counts)
+        return counts.tolist()
+
+    def gather(self, x):
+        """The rows of all ranks, in rank order, on every rank. x: [n, ...]; n may differ from rank to rank."""
+        if self.world == 1:
+            return x
+        counts = self.counts(len(x))
+        padded = x.new_zeros(max(counts), *x.shape[1:])
+        padded[: len(x)] = x
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts)])
+
+    def sum(self, *tensors):
+        """Replaces each tensor by its sum over ranks."""
+        if self.world > 1:
+            for x in tensors:
+                dist.all_reduce(x)
+
+    def require_same(self, what, value):
+        """Raises RunError, with `what`, unless all ranks give equal values."""
+        if self.world > 1:
+            values = [None] * self.world
+            dist.all_gather_object(values, value)
+            odd = next((rank for rank, other in enumerate(values) if other != values[0]), None)
+            if odd is not None:
+                raise RunError(f"process {odd} of {self.world} {what} (it found {values[odd]}, process 0 {values[0]})")
 
     def union(self, items):
         """The set of all ranks' items."""
@@ -60,11 +91,13 @@ def start(device):
 
     Raises RunError if CUDA is asked for and there is none.
     """
+    store = meeting_place()
     if device == "cuda" and not torch.cuda.is_available():
         raise RunError("--device cuda: this machine, or this PyTorch build, has no usable CUDA device; use --device cpu or auto")
     cuda = device != "cpu" and torch.cuda.is_available()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    rank, world, local = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     if cuda:
         if local >= torch.cuda.device_count():
             raise RunError(f"{local + 1} processes or more on a machine with {torch.cuda.device_count()} CUDA devices: start fewer")
@@ -74,8 +107,27 @@ def start(device):
         keep_heap()
     if world > 1:
         # long, since rank 0 may decode a data set before the others; torchrun notices at once when a process ends
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
+        group = dist.PrefixStore("group", store)
+        dist.init_process_group("nccl" if cuda else "gloo", store=group, rank=rank, world_size=world, timeout=timedelta(hours=12))
     return Process(torch.device("cuda", local) if cuda else torch.device("cpu"), rank, world)
+
+
+@functools.cache
+def meeting_place():
+    """The key-value store that torchrun keeps for its processes; None for a process alone."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return None
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store, _, _ = next(dist.rendezvous("env://"))
+    return dist.PrefixStore(f"attempt {attempt}", store)
+
+
+def first_to_speak():
+    """True on the first rank that asks. An error that many ranks meet, or that ends the others, is told once."""
+    try:
+        return meeting_place() is None or meeting_place().add("spoken", 1) == 1
+    except RuntimeError:  # the store has gone with the process that kept it
+        return True
 
 
 def keep_heap():

@@ -5,14 +5,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils import RunError
+from utils.distributed import Process
 
+ALONE = Process(torch.device("cpu"))
 PROBE_EPOCHS, PROBE_BATCH, PROBE_DROPS = 100, 256, (60, 80)
-KNN_K, KNN_TEMPERATURE = 200, 0.07
+KNN_K, KNN_TEMPERATURE, KNN_CHUNK = 200, 0.07, 512
 
 
 @torch.no_grad()
 def extract(backbone, batches, autocast_dtype=None):
-    """Features float32 [N, F] of all batches (images [n, 3, S, S]), with running statistics.
+    """Features float32 [N, F] of all batches (images [n, 3, S, S]), with running statistics; [0, 0] of none.
 
     The backbone's mode is restored. Raises AssertionError if one of its tensors changed, running statistics included.
     """
@@ -24,39 +26,51 @@ def extract(backbone, batches, autocast_dtype=None):
             features.append(backbone(images).float())
     backbone.train(training)
     assert all(torch.equal(before[k], v) for k, v in backbone.state_dict().items()), "evaluation changed the backbone"
-    return torch.cat(features)
+    return torch.cat(features) if features else next(backbone.parameters()).new_zeros(0, backbone.feature_dim)
 
 
-def linear_probe(train_x, train_y, test_x, num_classes, lr, seed, epochs=PROBE_EPOCHS):
+def linear_probe(train_x, train_y, test_x, num_classes, lr, seed, epochs=PROBE_EPOCHS, process=ALONE):
     """Predictions int64 [M] of one linear classifier over all classes, trained on train_x [N, F], train_y [N].
 
     Softmax regression from zero weights, SGD with momentum 0.9 and without weight decay, lr x 0.1 at 60 % and 80 % of the
-    epochs, on the device of the features. Raises RunError if it diverges.
+    epochs, in float64, on the device of the features. Each rank gives its own share of the training and of the test features, whose
+    predictions it gets; a batch is drawn from all shares, and its gradient summed over ranks. Raises RunError if the probe
+    diverges.
     """
-    probe = nn.Linear(train_x.shape[1], num_classes, device=train_x.device, dtype=train_x.dtype)
+    counts = process.counts(len(train_x))
+    first, total = sum(counts[: process.rank]), sum(counts)
+    # at the papers' rates training amplifies rounding to a point of accuracy; in float64 the sums' order does not show
+    probe = nn.Linear(train_x.shape[1], num_classes, device=train_x.device, dtype=torch.float64)
     nn.init.zeros_(probe.weight), nn.init.zeros_(probe.bias)
     optimizer = torch.optim.SGD(probe.parameters(), lr=lr, momentum=0.9, fused=True)
     milestones = [epochs * drop // PROBE_EPOCHS for drop in PROBE_DROPS]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
     rng = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
-        order = torch.randperm(len(train_x), generator=rng).to(train_x.device)
-        for batch in order.split(PROBE_BATCH):
+        order = torch.randperm(total, generator=rng) - first
+        own = (order >= 0) & (order < len(train_x))
+        sizes = [int(part.sum()) for part in own.split(PROBE_BATCH)]
+        for step, rows in enumerate(order[own].to(train_x.device).split(sizes)):
             optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(probe(train_x[batch]), train_y[batch]).backward()
+            loss = F.cross_entropy(probe(train_x[rows].double()), train_y[rows], reduction="sum")
+            (loss / min(PROBE_BATCH, total - step * PROBE_BATCH)).backward()
+            process.sum(*(p.grad for p in probe.parameters()))
             optimizer.step()
         schedule.step()
     with torch.no_grad():
-        logits = probe(test_x)
+        logits = probe(test_x.double())
     if not logits.isfinite().all():
         raise RunError(f"the linear probe diverged at --probe_lr {lr}: lower it")
     return logits.argmax(dim=1)
 
 
 @torch.no_grad()
-def knn(train_x, train_y, test_x, num_classes, k=KNN_K, temperature=KNN_TEMPERATURE, chunk=1024):
-    """Predictions int64 [M] of the weighted nearest neighbours: the k of largest cosine vote with e^(cosine / temperature)."""
-    bank = F.normalize(train_x, dim=1)
+def knn(train_x, train_y, test_x, num_classes, k=KNN_K, temperature=KNN_TEMPERATURE, chunk=KNN_CHUNK, process=ALONE):
+    """Predictions int64 [M] of the weighted nearest neighbours: the k of largest cosine vote with e^(cosine / temperature).
+
+    Each rank gives its own share of the training and of the test features; the training features are gathered.
+    """
+    bank, train_y = F.normalize(process.gather(train_x), dim=1), process.gather(train_y)
     predictions = []
     for queries in F.normalize(test_x, dim=1).split(chunk):
         cosine, index = (queries @ bank.T).topk(min(k, len(bank)), dim=1)  # chunk x k
@@ -71,17 +85,17 @@ def protocol_name(protocol, probe_lr):
     """The words that stand beside every number."""
     if protocol == "linear":
         return (
-            f"offline linear probe: SGD, momentum 0.9, lr {probe_lr:g}, {PROBE_EPOCHS} epochs, batch {PROBE_BATCH}, "
+            f"offline linear probe: SGD in float64, momentum 0.9, lr {probe_lr:g}, {PROBE_EPOCHS} epochs, batch {PROBE_BATCH}, "
             "lr x 0.1 at epochs 60 and 80; one classifier over all classes, frozen features, no augmentation"
         )
     return f"k-NN: cosine, k {KNN_K} or all if fewer, temperature {KNN_TEMPERATURE}; all classes, frozen features"
 
 
-def classify(args, train_x, train_y, test_x, num_classes):
+def classify(args, process, train_x, train_y, test_x, num_classes):
     """Predictions int64 [M] for test_x from train_x, train_y, by the protocol args.eval with args.probe_lr and args.seed."""
     if args.eval == "linear":
-        return linear_probe(train_x, train_y, test_x, num_classes, args.probe_lr, args.seed)
-    return knn(train_x, train_y, test_x, num_classes)
+        return linear_probe(train_x, train_y, test_x, num_classes, args.probe_lr, args.seed, process=process)
+    return knn(train_x, train_y, test_x, num_classes, process=process)
 
 
 def accuracy_row(predictions, labels, parts):

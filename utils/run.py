@@ -23,6 +23,7 @@ from utils.log import Log
 FREE = {"out_dir", "data_dir", "download", "cache_dir", "device", "compile", "save_every", "log_every", "workers", "skip_corrupt"}
 PROTOCOL = {"eval", "probe_lr", "probe_data_dir"}  # may change until a task is finished
 SPLIT = "split.pt"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def write_text(path, text):
@@ -112,11 +113,14 @@ class Run:
         self.folder, self.main = Path(arguments["out_dir"]), process.main
         self.arguments, self.data = json.loads(json.dumps(arguments)), data  # as they will be read back: tuples become lists
         self.lock = process.first(lambda: open_folder(self.folder, self.arguments) if self.main else None)
-        self.saved = checkpoint.load_last(self.folder)
+        self.saved = checkpoint.load_last(self.folder, warn=self.main)
         self.resumed = self.saved is not None
         vars(self).update(self.saved["counters"] if self.resumed else {**self.COUNTERS, "matrix": []})
         if self.resumed:
             self.check_experiment(self.saved["arguments"])
+        process.require_same("sees other data in --data_dir than the first", data["digest"])
+        process.require_same(f"sees another {self.folder / checkpoint.LAST} than the first: put --out_dir on a disk that all "
+                             "machines share", self.global_step if self.resumed else None)  # fmt: skip
         if self.main:
             self.check_split(indices)
         complete = self.finished == arguments["num_tasks"]
@@ -207,12 +211,18 @@ class Stopped(BaseException):
     """A signal asked the run to leave; its name is the argument. Like KeyboardInterrupt no Exception: nothing else catches it."""
 
 
+def ignore_signals():
+    """For a process that is ending already."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopRequest:
     """SIGTERM, SIGUSR1 and Ctrl-C ask the run to leave: at once, or, while steps are deferred, when the loop has saved."""
 
     def __init__(self):
         self.signal, self.deferring = None, False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, self.receive)
 
     def receive(self, number, frame):

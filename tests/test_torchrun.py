@@ -1,0 +1,123 @@
+"""What users of torchrun rely on: one run whatever the number of machines, elastic restarts, one message for an error."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import trees
+from conftest import ENVIRONMENT, ROOT, TINY, run
+from test_ranks import free_port
+from test_resume import contents, counters, same, weights
+
+import main_linear
+
+FLAGS = f"{TINY} --num_tasks 2 --lr 0.01 --epochs 1 --save_every 4"
+TORCHRUN = "-m torch.distributed.run --monitor-interval 0.1"
+
+
+def start(options, flags, script="main_cssl.py"):
+    call = [sys.executable, *f"{TORCHRUN} {options} -- {ROOT / script} {flags}".split()]
+    return subprocess.Popen(call, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    """Standard error of a job that must succeed."""
+    _, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error
+    return error
+
+
+def spoken(error):
+    """The lines of a job's standard error that are main_cssl.py's own."""
+    return [line for line in error.splitlines() if line.startswith("main_cssl.py:")]
+
+
+def ranks_of(job):
+    """{rank: process id} of a torchrun's children that train."""
+    found = {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/stat") as status, open(f"/proc/{pid}/environ", "rb") as environment:
+                parent = int(status.read().rpartition(")")[2].split()[1])
+                variables = dict(line.partition(b"=")[::2] for line in environment.read().split(b"\0"))
+        except OSError:  # it has ended
+            continue
+        if parent == job.pid and b"RANK" in variables:
+            found[int(variables[b"RANK"])] = int(pid)
+    return found
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A finished run of one torchrun with two processes."""
+    folder = tmp_path_factory.mktemp("torchrun") / "two"
+    finish(start("--standalone --nproc-per-node 2", f"{FLAGS} --out_dir {folder}"))
+    return folder
+
+
+def equal(a, b):
+    """Whether two run folders hold the same bits."""
+    (files, networks), (other_files, other_networks) = contents(a), contents(b)
+    return files == other_files and same(weights(networks), weights(other_networks))
+
+
+def test_equals_one_process(two, tmp_path):
+    """But for rounding in float32: tests/test_ranks.py compares closely."""
+    assert run(f"{FLAGS} --out_dir {tmp_path}") == 0
+    one, many = (torch.load(folder / "task1.pt")["backbone"] for folder in (tmp_path, two))
+    for key, value in one.items():
+        torch.testing.assert_close(many[key], value, rtol=1e-2, atol=1e-3)
+
+
+def test_main_linear(two, tmp_path):
+    """Two processes write what one process writes."""
+    for name in ("one", "two"):
+        shutil.copytree(two, tmp_path / name)
+    flags = "--protocol linear --probe_lr 3 --run"
+    finish(start("--standalone --nproc-per-node 2", f"{flags} {tmp_path / 'two'}", "main_linear.py"))
+    assert run(f"{flags} {tmp_path / 'one'}", main_linear) == 0
+    one, two = ((tmp_path / name / "results.json").read_text() for name in ("one", "two"))
+    assert one == two and "linear" in json.loads(one)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the processes in /proc")
+def test_elastic_restart(two, tmp_path):
+    """One of two ranks is killed in the middle of PNR's task: torchrun starts both again, and the run ends with the same bits."""
+    job = start("--standalone --nproc-per-node 2 --max-restarts 2", f"{FLAGS} --out_dir {tmp_path}")
+    while not ((c := counters(tmp_path)) and c["task"] == 1 and c["step"] >= 4):
+        assert job.poll() is None, job.stderr.read()
+        time.sleep(0.01)
+    os.kill(ranks_of(job)[1], signal.SIGKILL)
+    error = finish(job)
+    assert "exitcode: -9" in error and len(spoken(error)) <= 1, error
+    assert equal(tmp_path, two)
+
+
+def test_two_machines(two, tmp_path):
+    """Two torchruns that meet over the network end where one with two processes does."""
+    meet = f"--nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint localhost:{free_port()} --rdzv-id x"
+    jobs = [start(f"{meet} --local-addr localhost", f"{FLAGS} --out_dir {tmp_path}") for _ in range(2)]
+    for job in jobs:
+        finish(job)
+    assert equal(tmp_path, two)
+
+
+@pytest.mark.parametrize("case", ["all ranks", "one rank"])
+def test_an_error_is_told_once(tmp_path, case):
+    """One that every rank meets, and a file that only the rank meets that has to decode it."""
+    flags, words = "--batch_size 33", "does not divide by 2"
+    if case == "one rank":
+        data = trees.fill(tmp_path, [f"{split}/{name}" for split in ("train", "test") for name in "ab"], 16)
+        (data / "train" / "a" / "7.JPEG").unlink()
+        (data / "train" / "a" / "7.JPEG").write_text("no image")
+        flags, words = f"--dataset folder --data_dir {data} --scenario data --workers 1 --batch_size 16", "7.JPEG"
+    job = start("--standalone --nproc-per-node 2", f"{FLAGS} --eval none {flags} --out_dir {tmp_path / 'run'}")
+    _, error = job.communicate(timeout=240)
+    assert job.returncode != 0 and len(spoken(error)) == 1 and words in spoken(error)[0], error
+    assert error.count("Traceback") == 1, error  # torchrun's own
