@@ -1,8 +1,10 @@
 """The run scripts hold the papers' settings, and reach the end with nothing pasted by hand."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import trees
@@ -88,3 +90,58 @@ def test_to_the_end(name, tmp_path):
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert "offline linear probe" in results["protocol"] and len(results["matrix"]) == (5 if "imagenet" in name else 6)
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Starts a job of slurm/cssl.sbatch with stand-ins for SLURM's commands and for Python, which waits for SIGTERM."""
+    stand_ins = {
+        "srun": 'while [[ $1 == -* ]]; do shift; done; exec "$@"',
+        "scontrol": f'[ "$1" = show ] && echo localhost || echo "$@" > {tmp_path}/requeued',
+        "python": f'echo "$@" >> {tmp_path}/calls; trap "sleep 0.2; echo saved; exit 143" TERM; while sleep 0.05; do :; done',
+    }
+    for name, text in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def submit(index, *arguments, **environment):
+        job = {"SLURM_JOB_ID": "70007", "SLURM_JOB_NODELIST": "x", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+        job |= {"SLURM_ARRAY_TASK_ID": str(index), "PATH": f"{tmp_path}:{ENVIRONMENT['PATH']}", "PYTHON": "python"}
+        call = ["bash", str(ROOT / "slurm" / "cssl.sbatch"), *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(call, cwd=ROOT, env={**ENVIRONMENT, **job, **environment}, **pipes)
+
+    return submit
+
+
+def test_slurm_saves_and_requeues(cluster, tmp_path):
+    """Every run of the array has its own folder, method, regulariser and seed; when time is up it saves and is queued again,
+    which SLURM itself does after SIGTERM."""
+    for number, index in ((signal.SIGUSR1, 0), (signal.SIGTERM, 11)):
+        job = cluster(index, "--epochs", "3", SEEDS="5 6", METHODS="moco byol")
+        while not (tmp_path / "calls").exists():
+            assert job.poll() is None, job.stderr.read()
+            time.sleep(0.01)
+        time.sleep(0.3)  # until Python's stand-in is ready for signals
+        job.send_signal(number)
+        out, error = job.communicate(timeout=60)
+        assert job.returncode == 143 and "saved" in out, error
+        words = (tmp_path / "calls").read_text().split()
+        (tmp_path / "calls").unlink()
+        launcher, flags = words[: words.index("main_cssl.py")], words[words.index("main_cssl.py") + 1 :]
+        assert (
+            "--nnodes 2" in " ".join(launcher)
+            and "localhost:50007" in launcher
+            and launcher[launcher.index("--nproc_per_node") + 1] == "4"
+        )
+        args = main_cssl.parse_arguments(flags)
+        wanted = ("moco", "finetune", 5) if index == 0 else ("byol", "pnr", 6)
+        assert (args.method, args.regularizer, args.seed, args.epochs) == (*wanted, 3)
+        assert args.out_dir.endswith("runs/cifar100-{}-{}-seed{}".format(*wanted))
+        if number == signal.SIGUSR1:
+            assert (tmp_path / "requeued").read_text().split() == ["requeue", "70007"]
+            (tmp_path / "requeued").unlink()
+    assert not (tmp_path / "requeued").exists()
+    job = cluster(18)
+    _, error = job.communicate(timeout=60)
+    assert job.returncode == 2 and "--array=0-17" in error

@@ -1,5 +1,6 @@
 # Sourced by the run scripts with their arguments: [METHOD] [REGULARIZER] [further flags of main_cssl.py], default moco pnr. Sets
 # DATA, OUT (empty if not given), METHOD, REGULARIZER, GPUS and FLAGS, goes to the repository's root, and defines `fail` and `launch`.
+# TORCHRUN: flags of torchrun for several machines (slurm/cssl.sbatch sets them).
 SCRIPT=$(basename "$0")
 fail() { echo "$SCRIPT: error: $1" >&2; exit 2; }
 
@@ -17,10 +18,10 @@ FLAGS=("$@")
 launch() {
   source utils/python.sh requirements.txt
   local command=("$PYTHON")
-  if [ "$GPUS" -gt 1 ]; then
-    command+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
-    # so that SIGUSR1, too, reaches the workers, where this version of torch can be asked to pass it on
-    if "${command[@]}" --help | grep -c -- signals >/dev/null; then command+=(--signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1); fi
+  if [ "$GPUS" -gt 1 ] || [ -n "${TORCHRUN:-}" ]; then
+    # shellcheck disable=SC2206
+    command+=(-m torch.distributed.run ${TORCHRUN:---standalone} --nproc_per_node "$GPUS"
+              --signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1) # so that SIGUSR1, too, reaches the processes
   fi
   exec "${command[@]}" main_cssl.py --data_dir "$DATA" --backbone resnet18 --method "$METHOD" --regularizer "$REGULARIZER" "$@" \
     --out_dir "$OUT" ${FLAGS[@]+"${FLAGS[@]}"}
