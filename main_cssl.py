@@ -10,6 +10,7 @@ flags of X and Y.
 """
 
 import copy
+import errno
 import sys
 import warnings
 
@@ -358,6 +359,7 @@ def report_errors(function, name):
         raise
     except BaseException as error:
         ignore_signals()
+        close_all()  # while the traceback holds them: left to the garbage collector, workers that hang would be waited for
         status, message = explain(error)
         if distributed.first_to_speak():
             if message is None:
@@ -373,6 +375,8 @@ def explain(error):
     if isinstance(error, Stopped):
         number = error.args[0]
         return 128 + number, f"stopped by {number.name}; what was saved is safe: run the same command again to go on"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return 2, f"error: {error}; free some space and run the same command again"
     if isinstance(error, (DataError, MethodError, RunError, OSError)):
         return 2, f"error: {error}"
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):

@@ -47,7 +47,8 @@ class Trial:
         images = torch.randint(0, 256, (4 * args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8)
         views = [ViewConfig(args.image_size, args.min_scale, *p) for p in zip(args.blur_p, args.solarize_p)]
         statistic = ((0.5,) * 3, (0.25,) * 3)
-        loader = Loader(images.to(self.device), torch.arange(len(images)), args.batch_size, views, *statistic, args.seed, 1)
+        key = (args.seed, 1, process.rank, process.world)
+        loader = Loader(images.to(self.device), torch.arange(len(images)), args.batch_size, views, *statistic, *key)
         self.views = (pair for epoch in range(10**6) for pair in loader.epoch(epoch))
 
     def step(self):

@@ -57,11 +57,12 @@ class CrossRankBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x):
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        full = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         dims = [0, *range(2, x.dim())]
         shape = [1, -1] + [1] * (x.dim() - 2)
         count = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = _AllReduce.apply(x.sum(dims)) / count
-        centred = x - mean.view(shape)
+        mean = _AllReduce.apply(full.sum(dims)) / count
+        centred = full - mean.view(shape)
         var = _AllReduce.apply(centred.square().sum(dims)) / count
         if self.track_running_stats:
             with torch.no_grad():
@@ -69,7 +70,8 @@ class CrossRankBatchNorm(nn.modules.batchnorm._BatchNorm):
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
         y = centred * (var + self.eps).rsqrt().view(shape)
-        return y if self.weight is None else y * self.weight.view(shape) + self.bias.view(shape)
+        y = y if self.weight is None else y * self.weight.view(shape) + self.bias.view(shape)
+        return y.to(x.dtype)
 
 
 def sync_batch_norms(module, device):

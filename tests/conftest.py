@@ -11,6 +11,7 @@ import torch
 import torch.multiprocessing as mp
 
 import main_cssl
+from utils import checkpoint
 from utils.run import STOP_SIGNALS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,6 +57,32 @@ def start_ranks(function, world, *args):
 def run(flags, script=main_cssl):
     """Runs the script's main in this process; its exit status. Flags are one string."""
     return main_cssl.report_errors(lambda: script.main(script.parse_arguments(flags.split())), "program")
+
+
+def outcome(folder):
+    """What two equal runs have in common, to be compared with `same`: logs and results, byte for byte, and all weights."""
+    networks = {path.name: torch.load(path) for path in folder.glob("task*.pt")}
+    parts = {name: {part: network[part] for part in ("backbone", "heads")} for name, network in networks.items()}
+    return parts | {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "results.json")}
+
+
+def same(a, b):
+    """Bit for bit, through dicts and lists."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return a == b
+
+
+def counters(folder):
+    """What the newest readable checkpoint says, or None."""
+    for name in (checkpoint.LAST, checkpoint.PREVIOUS):
+        try:
+            return torch.load(folder / name)["counters"]
+        except Exception:  # not there yet, or being replaced
+            continue
+    return None
 
 
 @pytest.fixture(autouse=True)

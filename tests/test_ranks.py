@@ -54,6 +54,8 @@ def worker(rank, world, folder):
     part = x[2 * rank : 2 * rank + 2].requires_grad_()
     (norm(part) ** 3).sum().backward()
     torch.save({"grad": part.grad, **norm.state_dict()}, f"{folder}/norm{rank}.pt")
+    norm = CrossRankBatchNorm(3)
+    torch.save({"y": norm(part.detach().bfloat16()), **norm.state_dict()}, f"{folder}/bf16{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -110,6 +112,19 @@ def test_batch_norm_over_ranks_is_batch_norm(world):
     for rank in range(count):
         saved = torch.load(folder / f"norm{rank}.pt")
         torch.testing.assert_close(saved.pop("grad"), x.grad[2 * rank : 2 * rank + 2])
+        for key, value in norm.state_dict().items():
+            torch.testing.assert_close(saved[key], value)
+
+
+def test_batch_norm_over_ranks_in_bf16(world):
+    """As under autocast: the input and output in bf16, statistics in full precision."""
+    count, folder = world
+    x = torch.randn(2 * count, 3, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64).bfloat16()
+    norm = torch.nn.BatchNorm2d(3)
+    y = norm(x.float()).bfloat16()
+    for rank in range(count):
+        saved = torch.load(folder / f"bf16{rank}.pt")
+        torch.testing.assert_close(saved.pop("y"), y[2 * rank : 2 * rank + 2])
         for key, value in norm.state_dict().items():
             torch.testing.assert_close(saved[key], value)
 

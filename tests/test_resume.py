@@ -1,37 +1,18 @@
-"""A run that is killed and started again ends with the same bits as one that was never disturbed."""
+"""A run folder belongs to one run and one process, and what is saved in it is whole. tests/fault_campaign.py disturbs runs."""
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, TINY, run
+from conftest import ENVIRONMENT, ROOT, TINY, outcome, run, same
 
 from utils import RunError, checkpoint
 
 RUN = f"{TINY} --num_tasks 2 --regularizer pnr --save_every 1"
-RESULTS = ("metrics.jsonl", "results.json", "task0.pt", "task1.pt")
-
-
-def contents(folder):
-    return {name: (folder / name).read_bytes() for name in RESULTS[:2]}, {name: torch.load(folder / name) for name in RESULTS[2:]}
-
-
-def same(a, b):
-    """Bit for bit, through dicts and lists."""
-    if torch.is_tensor(a):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return a == b
-
-
-def weights(networks):
-    return {name: {part: network[part] for part in ("backbone", "heads")} for name, network in networks.items()}
 
 
 def start(folder):
@@ -54,63 +35,7 @@ def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     torch.set_num_threads(1)
     assert run(f"{RUN} --out_dir {folder}") == 0
-    return contents(folder)
-
-
-def counters(folder):
-    """What the newest readable checkpoint says, or None."""
-    for name in (checkpoint.LAST, checkpoint.PREVIOUS):
-        try:
-            return torch.load(folder / name)["counters"]
-        except Exception:  # not there yet, or being replaced
-            continue
-    return None
-
-
-def test_killed_runs_end_the_same(undisturbed, tmp_path):
-    """SIGKILL in the first task, while a checkpoint is being written, after the first task, and twice within PNR's task."""
-    points = [
-        lambda: (c := counters(tmp_path)) and c["global_step"] >= 3,
-        lambda: (c := counters(tmp_path)) and c["global_step"] >= 12 and (tmp_path / "last.pt.tmp").exists(),
-        lambda: (tmp_path / "task0.pt").exists(),
-        lambda: (c := counters(tmp_path)) and c["task"] == 1 and c["step"] >= 2,
-        lambda: (c := counters(tmp_path)) and c["task"] == 1 and c["epoch"] == 1 and c["step"] >= 5,
-    ]
-    for reached in points:
-        process = start(tmp_path)
-        wait_until(process, reached)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert run(f"{RUN} --out_dir {tmp_path}") == 0
-    files, networks = contents(tmp_path)
-    assert files == undisturbed[0]
-    assert same(weights(networks), weights(undisturbed[1]))
-
-
-def test_signals_save_and_leave(undisturbed, tmp_path):
-    """SIGTERM and SIGUSR1 in the middle of an epoch: a message, status 128 + signal, and nothing lost."""
-    for number, step in ((signal.SIGUSR1, 4), (signal.SIGTERM, 20)):
-        process = start(tmp_path)
-        wait_until(process, lambda step=step: (c := counters(tmp_path)) and c["global_step"] >= step)
-        process.send_signal(number)
-        _, message = process.communicate()
-        assert process.returncode == 128 + number
-        assert number.name in message and len(message.splitlines()) == 1
-    assert run(f"{RUN} --out_dir {tmp_path}") == 0
-    assert contents(tmp_path)[0] == undisturbed[0]
-
-
-def test_damaged_checkpoint_falls_back(undisturbed, tmp_path, capsys):
-    """last.pt cut short: a warning, and the one before it is used; the result is the same."""
-    process = start(tmp_path)
-    wait_until(process, lambda: (c := counters(tmp_path)) and c["global_step"] >= 14)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    last = tmp_path / checkpoint.LAST
-    last.write_bytes((tmp_path / checkpoint.PREVIOUS).read_bytes()[:1000])
-    assert run(f"{RUN} --out_dir {tmp_path}") == 0
-    assert "warning: cannot read checkpoint" in capsys.readouterr().err
-    assert contents(tmp_path)[0] == undisturbed[0]
+    return outcome(folder)
 
 
 def test_folder_belongs_to_one_process_and_one_experiment(undisturbed, tmp_path, capsys):
@@ -127,7 +52,7 @@ def test_folder_belongs_to_one_process_and_one_experiment(undisturbed, tmp_path,
     before = {path: path.read_bytes() for path in tmp_path.glob("task*.pt")}
     assert run(f"{RUN} --out_dir {tmp_path} --save_every 2") == 0
     assert before == {path: path.read_bytes() for path in tmp_path.glob("task*.pt")}
-    assert contents(tmp_path)[0] == undisturbed[0]
+    assert same(outcome(tmp_path), undisturbed)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["task"] for row in rows if row["kind"] == "eval"] == [0, 1]
 

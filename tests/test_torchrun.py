@@ -11,9 +11,8 @@ import time
 import pytest
 import torch
 import trees
-from conftest import ENVIRONMENT, ROOT, TINY, run
+from conftest import ENVIRONMENT, ROOT, TINY, counters, outcome, run, same
 from test_ranks import free_port
-from test_resume import contents, counters, same, weights
 
 import main_linear
 
@@ -61,12 +60,6 @@ def two(tmp_path_factory):
     return folder
 
 
-def equal(a, b):
-    """Whether two run folders hold the same bits."""
-    (files, networks), (other_files, other_networks) = contents(a), contents(b)
-    return files == other_files and same(weights(networks), weights(other_networks))
-
-
 def test_equals_one_process(two, tmp_path):
     """But for rounding in float32: tests/test_ranks.py compares closely."""
     assert run(f"{FLAGS} --out_dir {tmp_path}") == 0
@@ -96,7 +89,7 @@ def test_elastic_restart(two, tmp_path):
     os.kill(ranks_of(job)[1], signal.SIGKILL)
     error = finish(job)
     assert "exitcode: -9" in error and len(spoken(error)) <= 1, error
-    assert equal(tmp_path, two)
+    assert same(outcome(tmp_path), outcome(two))
 
 
 def test_two_machines(two, tmp_path):
@@ -105,7 +98,7 @@ def test_two_machines(two, tmp_path):
     jobs = [start(f"{meet} --local-addr localhost", f"{FLAGS} --out_dir {tmp_path}") for _ in range(2)]
     for job in jobs:
         finish(job)
-    assert equal(tmp_path, two)
+    assert same(outcome(tmp_path), outcome(two))
 
 
 @pytest.mark.parametrize("case", ["all ranks", "one rank"])

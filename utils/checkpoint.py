@@ -4,6 +4,8 @@ import argparse
 import os
 import pickle
 import sys
+import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -70,8 +72,13 @@ def sync_folder(folder):
 
 
 def load(path):
-    """What `save`, or torch.save, wrote; tensors on the CPU. Raises RunError if it cannot be read or holds objects."""
+    """What `save`, or torch.save, wrote; tensors on the CPU. Raises RunError if it cannot be read, if a bit of it has changed, or
+    if it holds objects."""
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if (name := archive.testzip()) is not None:  # torch.load does not compare checksums
+                    raise RuntimeError(f"the checksum of {name} is wrong")
         # a Namespace of hyper-parameters is the one plain object that Lightning checkpoints commonly carry
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -82,7 +89,7 @@ def load(path):
         raise RunError(f"cannot read checkpoint {path}: {reason}") from error
     except FileNotFoundError as error:
         raise RunError(f"no checkpoint {path}") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         raise RunError(f"cannot read checkpoint {path}: it is damaged or no checkpoint ({reason})") from error
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -33,6 +34,7 @@ class Log:
             self.file = open(path, "a+")
             self.file.truncate(min(offset, path.stat().st_size))
             self.file.seek(0, os.SEEK_END)
+            threading.excepthook = pass_over_oserror
             self.writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
 
     def metrics(self, kind, step, values, **where):
@@ -77,6 +79,12 @@ class Log:
         os.fsync(self.file.fileno())
         self.writer.flush()
         return self.file.tell()
+
+
+def pass_over_oserror(failed):
+    """What a thread that failed prints: nothing where a disk did, since TensorBoard's thread tells that to the main one."""
+    if not isinstance(failed.exc_value, OSError):
+        threading.__excepthook__(failed)
 
 
 class Progress:
