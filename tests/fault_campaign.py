@@ -308,7 +308,7 @@ def may_mount():
 
 def trials(root, short, rng):
     """Yields (name of a fault, function that tries it once)."""
-    flags = f"{TINY} --num_tasks 2 --epochs 1 --save_every 3"
+    flags = f"{TINY} --num_tasks 2 --epochs 1 --save_every 3 --batch_size 64"
     tree = trees.fill(root / "images", [f"{split}/{name}" for split in ("train", "test") for name in "abcd"], 32)
     files = (
         f"{flags} --dataset folder --data_dir {tree} --workers 1 --cache disk --cache_size 16 --batch_size 8 --moco_queue_size 16"
@@ -329,7 +329,7 @@ def trials(root, short, rng):
     for phase in ("augmenting", "saving", "classifying") if short else PHASES:
         if phase != "decoding":  # workers leave signals to the main process
             yield f"SIGTERM, {phase}", disturb("terminate", phase)
-    for how in ("flipped", "truncated", "empty", "foreign", "missing"):
+    for how in ("flipped", "truncated", "empty") if short else ("flipped", "truncated", "empty", "foreign", "missing"):
         yield f"last.pt {how}", partial(memory.damage, how, rng.random())
     repeat = 1 if short else 3
     for i in range(repeat):

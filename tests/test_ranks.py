@@ -1,19 +1,24 @@
-"""Two or three processes compute what one computes: parameters, queues, EMA twin and running statistics after several steps in
-float64, evaluation bit for bit; and a run may go on with another number of them."""
+"""Two or three processes compute what one computes: loss, gradients, parameters, queues, EMA twin and running statistics after
+several steps in float64, evaluation bit for bit; and a run may go on with another number of them."""
 
 import gc
+import json
 import os
+import shutil
 import socket
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import arguments, start_ranks
+import trees
+from conftest import TINY, arguments, run, start_ranks
 
 import main_cssl
+import main_linear
 from losses import METHODS, REGULARIZERS
 from models.parallel import CrossRankBatchNorm
-from utils import distributed, evaluate
+from utils import RunError, distributed, evaluate
 from utils.distributed import Process
 from utils.run import Run
 
@@ -23,7 +28,8 @@ CASES = [(method, regularizer, int(regularizer != "finetune")) for method in MET
 
 
 def train(method, regularizer, task, rank, world):
-    """The learner's state and the last loss after a few steps on random images, of which each rank sees its share."""
+    """The learner's state after a few steps on random images, of which each rank sees its share, and the last step's loss and
+    gradients."""
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     args = arguments(f"--regularizer {regularizer} --batch_size {BATCH} --precision fp32", method)
@@ -38,11 +44,12 @@ def train(method, regularizer, task, rank, world):
     for step in range(STEPS):
         loss, _, out, old = model(*images[step, :, share])
         loss.backward()
+        gradients = {f"gradient of {name}": p.grad.clone() for name, p in learner.named_parameters() if p.requires_grad}
         optimizer.step()
         optimizer.zero_grad()
         learner.after_step(out, old, step / STEPS)
     torch.set_default_dtype(torch.float32)
-    return {"loss": loss.detach(), **learner.state_dict()}
+    return {"loss": loss.detach(), **gradients, **learner.state_dict()}
 
 
 def worker(rank, world, folder):
@@ -56,6 +63,10 @@ def worker(rank, world, folder):
     torch.save({"grad": part.grad, **norm.state_dict()}, f"{folder}/norm{rank}.pt")
     norm = CrossRankBatchNorm(3)
     torch.save({"y": norm(part.detach().bfloat16()), **norm.state_dict()}, f"{folder}/bf16{rank}.pt")
+    process = Process(torch.device("cpu"), rank, world)
+    process.require_same("sees other data", 5)
+    with pytest.raises(RunError, match=f"process 1 of {world} sees other data .it found 7, process 0 5"):
+        process.require_same("sees other data", 7 if rank else 5)
     dist.destroy_process_group()
 
 
@@ -86,10 +97,10 @@ def evaluation(process):
     known, tested = main_cssl.frozen_features(args, process, backbone, probe, test)
     assert sum(process.counts(len(known[0]))) == len(probe.labels)
     found = {"train": process.gather(known[0]), "test": process.gather(tested[0]), "labels": process.gather(known[1])}
-    for protocol in ("knn", "linear"):
-        args.eval, args.probe_lr = protocol, 3.0  # so high that rounding of another order would show
-        found[protocol] = process.gather(evaluate.classify(args, process, *known, tested[0], 10))
-        found[f"{protocol} row"] = main_cssl.accuracies(args, process, known, tested, probe.classes, tasks)
+    found["knn"] = process.gather(evaluate.classify(args, process, *known, tested[0], 10))
+    found["row"] = main_cssl.accuracies(args, process, known, tested, probe.classes, tasks)
+    probed = evaluate.linear_probe(*known, tested[0], 10, lr=3.0, seed=0, epochs=20, process=process)  # at so high a rate
+    found["linear"] = process.gather(probed)  # rounding in another order would show
     return found
 
 
@@ -97,7 +108,7 @@ def test_evaluation_is_shared(world):
     """Every rank has the single process's features, predictions and accuracies, bit for bit."""
     count, folder = world
     single = evaluation(Process(torch.device("cpu")))
-    assert len(set(single["linear"].tolist())) == 10 and single["linear row"] != single["knn row"]
+    assert len(set(single["linear"].tolist())) == 10 and not torch.equal(single["linear"], single["knn"])
     for rank in range(count):
         together = torch.load(folder / f"evaluation{rank}.pt")
         for name, value in single.items():
@@ -139,11 +150,16 @@ class Interrupted(Exception):
     """Stands for a machine that fails."""
 
 
-def partial_run(rank, world, port, folder, steps):
-    """main_cssl.py in float64 on `world` ranks, until this many steps are saved (0: to its end)."""
+def join(rank, world, port):
+    """What torchrun says to its processes."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    distributed.meeting_place.cache_clear()
+
+
+def partial_run(rank, world, port, folder, steps):
+    """main_cssl.py in float64 on `world` ranks, until this many steps are saved (0: to its end)."""
+    if world > 1:
+        join(rank, world, port)
 
     class Float64(main_cssl.Learner):
         def forward(self, *views):
@@ -163,7 +179,7 @@ def partial_run(rank, world, port, folder, steps):
         patch.setattr(main_cssl, "Learner", Float64)
         patch.setattr(Run, "save", save)
         args = arguments(
-            f"--num_tasks 2 --epochs 1 --batch_size 36 --moco_queue_size 72 --save_every 4 --eval none --out_dir {folder}"
+            f"--num_tasks 2 --epochs 1 --batch_size 72 --moco_queue_size 72 --save_every 2 --eval none --out_dir {folder}"
         )
         try:
             main_cssl.main(args)
@@ -171,18 +187,55 @@ def partial_run(rank, world, port, folder, steps):
             assert steps
         distributed.stop()
         gc.collect()  # the lock of the run folder
-    for name in ("RANK", "WORLD_SIZE"):
-        del os.environ[name]
 
 
 def test_resume_on_another_number_of_ranks(tmp_path):
     """Saved on 2 ranks in the first task, on 1 in PNR's, finished on 3: in float64 the run that one process makes."""
     partial_run(0, 1, None, tmp_path / "one", 0)
-    start_ranks(partial_run, 2, free_port(), tmp_path / "many", 8)
-    partial_run(0, 1, None, tmp_path / "many", 24)
+    start_ranks(partial_run, 2, free_port(), tmp_path / "many", 4)
+    partial_run(0, 1, None, tmp_path / "many", 12)
     start_ranks(partial_run, 3, free_port(), tmp_path / "many", 0)
     one, many = (torch.load(tmp_path / name / "last.pt") for name in ("one", "many"))
-    assert one["counters"] == many["counters"] and one["counters"]["global_step"] == 39
+    assert one["counters"] == many["counters"] and one["counters"]["global_step"] == 19
     assert one["learner"].keys() == many["learner"].keys() and "regularizer.queue.rows" in one["learner"]
     for part in ("learner", "optimizer"):
         torch.testing.assert_close(many[part], one[part], rtol=1e-8, atol=1e-8)
+
+
+def evaluate_again(rank, world, port, folder):
+    join(rank, world, port)
+    assert run(f"--run {folder} --protocol knn", main_linear) == 0
+
+
+def test_main_linear(tmp_path):
+    """Two processes write what one process writes."""
+    assert run(f"{TINY} --num_tasks 2 --epochs 1 --eval none --out_dir {tmp_path / 'one'}") == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    start_ranks(evaluate_again, 2, free_port(), tmp_path / "two")
+    assert run(f"--run {tmp_path / 'one'} --protocol knn", main_linear) == 0
+    one, two = ((tmp_path / name / "results.json").read_text() for name in ("one", "two"))
+    assert one == two and len(json.loads(one)["knn"]["matrix"]) == 2
+
+
+def failing(rank, world, port, flags, folder):
+    """Leaves what it says on standard error, and its exit status, in the folder."""
+    os.dup2(os.open(f"{folder}/err{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    join(rank, world, port)
+    status = run(flags)
+    Path(f"{folder}/status{rank}").write_text(str(status))
+    os._exit(0)  # at once, as a process ends
+
+
+@pytest.mark.parametrize("case", ["all ranks", "one rank"])
+def test_an_error_is_told_once(tmp_path, case):
+    """One that every rank meets, and a file that only the rank meets that has to decode it; the other stops, too."""
+    flags, words = "--batch_size 33", "does not divide by 2"
+    if case == "one rank":
+        data = trees.fill(tmp_path, [f"{split}/{name}" for split in ("train", "test") for name in "ab"], 16)
+        (data / "train" / "a" / "7.JPEG").unlink()
+        (data / "train" / "a" / "7.JPEG").write_text("no image")
+        flags, words = f"--dataset folder --data_dir {data} --scenario data --workers 1 --batch_size 16", "7.JPEG"
+    start_ranks(failing, 2, free_port(), f"{TINY} --num_tasks 2 --eval none {flags} --out_dir {tmp_path / 'run'}", tmp_path)
+    lines = [line for rank in (0, 1) for line in (tmp_path / f"err{rank}").read_text().splitlines()]
+    assert len([line for line in lines if line.startswith("program: error:") and words in line]) == 1 == len(lines), lines
+    assert "0" not in [(tmp_path / f"status{rank}").read_text() for rank in (0, 1)]

@@ -119,6 +119,7 @@ def meeting_place():
         return None
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store, _, _ = next(dist.rendezvous("env://"))
+    # after a restart it is the same store, and still holds the addresses of the processes that have gone
     return dist.PrefixStore(f"attempt {attempt}", store)
 
 
