@@ -114,11 +114,14 @@ def start(device):
 
 @functools.cache
 def meeting_place():
-    """The key-value store that torchrun keeps for its processes; None for a process alone."""
+    """The key-value store that torchrun keeps for its processes; None for a process alone. Raises RunError if there is none."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store, _, _ = next(dist.rendezvous("env://"))
+    try:
+        store, _, _ = next(dist.rendezvous("env://"))
+    except ValueError as error:
+        raise RunError(f"WORLD_SIZE is set, as for one of many processes, but {error}: start them with torchrun, or unset it") from error
     # after a restart it is the same store, and still holds the addresses of the processes that have gone
     return dist.PrefixStore(f"attempt {attempt}", store)
 
@@ -127,7 +130,7 @@ def first_to_speak():
     """True on the first rank that asks. An error that many ranks meet, or that ends the others, is told once."""
     try:
         return meeting_place() is None or meeting_place().add("spoken", 1) == 1
-    except RuntimeError:  # the store has gone with the process that kept it
+    except (RuntimeError, RunError):  # there is no store, or it has gone with the process that kept it
         return True
 
 

@@ -14,7 +14,7 @@ KNN_K, KNN_TEMPERATURE, KNN_CHUNK = 200, 0.07, 512
 
 @torch.no_grad()
 def extract(backbone, batches, autocast_dtype=None):
-    """Features float32 [N, F] of all batches (images [n, 3, S, S]), with running statistics; [0, 0] of none.
+    """Features float32 [N, F] of all batches (images [n, 3, S, S]), with running statistics; N may be 0.
 
     The backbone's mode is restored. Raises AssertionError if one of its tensors changed, running statistics included.
     """
