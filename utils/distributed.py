@@ -121,7 +121,7 @@ def meeting_place():
     try:
         store, _, _ = next(dist.rendezvous("env://"))
     except ValueError as error:
-        raise RunError(f"WORLD_SIZE is set, as for one of many processes, but {error}: start them with torchrun, or unset it") from error
+        raise RunError(f"WORLD_SIZE is set, as for many processes, but {error}: start them with torchrun, or unset it") from error
     # after a restart it is the same store, and still holds the addresses of the processes that have gone
     return dist.PrefixStore(f"attempt {attempt}", store)
 
