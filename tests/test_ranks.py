@@ -27,9 +27,27 @@ BATCH, STEPS = 12, 3
 CASES = [(method, regularizer, int(regularizer != "finetune")) for method in METHODS for regularizer in REGULARIZERS]
 
 
-def train(method, regularizer, task, rank, world):
+class Convolutions(torch.nn.Sequential):
+    """A backbone of two batch norms, since three processes on two cores wait long for each of a ResNet's."""
+
+    feature_dim = 8
+
+    def __init__(self, *_):
+        widths = ((3, 8), (8, 8))
+        blocks = [m for i, o in widths for m in (torch.nn.Conv2d(i, o, 3), torch.nn.BatchNorm2d(o), torch.nn.ReLU(inplace=True))]
+        super().__init__(*blocks, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+
+
+def train(method, regularizer, task, rank, world, of):
     """The learner's state after a few steps on random images, of which each rank sees its share, and the last step's loss and
-    gradients."""
+    gradients. of: the number of ranks that the comparison is about: a ResNet for 2, Convolutions for 3."""
+    with pytest.MonkeyPatch.context() as patch:
+        if of == 3:
+            patch.setattr(main_cssl, "build_backbone", Convolutions)
+        return train_backbone(method, regularizer, task, rank, world)
+
+
+def train_backbone(method, regularizer, task, rank, world):
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     args = arguments(f"--regularizer {regularizer} --batch_size {BATCH} --precision fp32", method)
@@ -54,7 +72,7 @@ def train(method, regularizer, task, rank, world):
 
 def worker(rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    torch.save([train(*case, rank, world) for case in CASES], f"{folder}/{rank}.pt")
+    torch.save([train(*case, rank, world, of=world) for case in CASES], f"{folder}/{rank}.pt")
     torch.save(evaluation(Process(torch.device("cpu"), rank, world)), f"{folder}/evaluation{rank}.pt")
     x = torch.randn(2 * world, 3, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     norm = CrossRankBatchNorm(3, dtype=torch.float64)
@@ -81,7 +99,7 @@ def test_ranks_equal_one_process(world):
     count, folder = world
     states = [torch.load(folder / f"{rank}.pt") for rank in range(count)]
     for i, case in enumerate(CASES):
-        single = train(*case, 0, 1)
+        single = train(*case, 0, 1, of=count)
         for rank in range(count):
             together = states[rank][i]
             assert together.keys() == single.keys()
