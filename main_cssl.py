@@ -198,7 +198,6 @@ def main(args):
     skipped = process.union(loaders[0].skipped)
     if process.main:
         print_results(run, args, skipped)
-    distributed.stop()
 
 
 def build_data(args, process):
@@ -294,8 +293,11 @@ def accuracies(args, process, probe, test, classes, tasks):
     frozen_features gives them."""
     (probe_x, probe_y), (test_x, test_y) = probe, test
     known = probe_y >= 0
+    test_y = process.gather(test_y)
+    if not sum(process.counts(int(known.sum()))) or not (test_y >= 0).any():
+        raise DataError("no image to evaluate with can be read: is the disk there?")
     predictions = evaluate.classify(args, process, probe_x[known], probe_y[known], test_x, len(classes))
-    return evaluate.accuracy_row(process.gather(predictions), process.gather(test_y), tasks.test)
+    return evaluate.accuracy_row(process.gather(predictions), test_y, tasks.test)
 
 
 def save_network(run, method):
@@ -354,6 +356,7 @@ def report_errors(function, name):
     """
     try:
         function()
+        distributed.stop()
         return 0
     except SystemExit:
         raise

@@ -121,7 +121,6 @@ def main(args):
         mean = sum(matrix[-1]) / len(matrix[-1])
         if process.main:
             print(f"{path}: {mean:.2f} % (per task: {', '.join(f'{a:.2f}' for a in matrix[-1])})", flush=True)
-    distributed.stop()
     if not process.main:
         return
     print(protocol)

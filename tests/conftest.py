@@ -79,7 +79,7 @@ def counters(folder):
     """What the newest readable checkpoint says, or None."""
     for name in (checkpoint.LAST, checkpoint.PREVIOUS):
         try:
-            return torch.load(folder / name)["counters"]
+            return checkpoint.load(folder / name)["counters"]
         except Exception:  # not there yet, or being replaced
             continue
     return None

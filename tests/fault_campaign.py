@@ -4,9 +4,9 @@
     python tests/fault_campaign.py --short       each fault once, as in the test suite
     python tests/fault_campaign.py --only nan    the faults whose name holds a word; --seed 1 for other moments
 
-Prints what was tried, how often it struck, and what was lost; the exit status is 0 if nothing was. A run is lost if, after the
-disturbance, the same command does not end with the same metrics, results and weights, bit for bit; or if a failure was not one
-line that says so.
+Prints what was tried, how often it struck, and what was lost; the exit status is 0 if nothing was. A run is lost if the disturbance
+costs more steps than those since the last checkpoint was due, and SIGTERM any; if the same command then does not go on from that
+checkpoint, or does not end with the same metrics, results and weights, bit for bit; or if a failure was not one line that says so.
 """
 
 import argparse
@@ -32,13 +32,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import trees
-from conftest import TINY, outcome, same
+from conftest import TINY, counters, outcome, same
 from test_torchrun import ranks_of, start
 
 import main_cssl
 from data import stream
 
 CONTEXT = multiprocessing.get_context("forkserver")
+SAVE_EVERY = 3  # steps
 HANGS = 180  # seconds after which a run that does not end counts as lost
 # what runs do, one after the other, and where: a disturbance comes with one of the calls
 PHASES = {
@@ -65,7 +66,7 @@ PHASES = {
 
 @dataclass
 class Disturbance:
-    """Takes its action at the given call (from 1) of a phase's function; `mark` is a file that then exists."""
+    """Takes its action at the given call (from 1) of a phase's function; `mark` is a file that then holds the steps done so far."""
 
     action: str
     phase: str
@@ -131,14 +132,19 @@ def work(flags, folder, disturbance, counts):
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     main_cssl.torch.set_num_threads(1)
-    work.folder, calls = folder, 0
+    work.folder, calls, steps = folder, 0, 0
+
+    def count_step(do):
+        nonlocal steps
+        do()
+        steps += 1
 
     def strike(do):
         nonlocal calls
         calls += 1
         if calls != disturbance.call:
             return do()
-        Path(disturbance.mark).touch()
+        Path(disturbance.mark).write_text(str(steps))
         return ACTIONS[disturbance.action](do)
 
     def count(phase):
@@ -151,6 +157,7 @@ def work(flags, folder, disturbance, counts):
 
     if disturbance is not None:
         replace(disturbance.phase, strike)
+        replace("EMA and queues", count_step)
         if disturbance.action == "stall":
             stream.TIMEOUT = 2
     elif counts is not None:
@@ -199,7 +206,13 @@ class Experiment:
         disturbance = Disturbance(action, phase, call, f"{folder}.mark")
         status = self.run(folder, disturbance)
         struck = Path(disturbance.mark).exists()
-        return struck, self.verdict(folder, status, EXPECTED[action] if struck else (0,), WORDS.get(action, ""))
+        allowed = 0 if not struck else 2 if (action, phase) == ("kill", "decoding") else EXPECTED[action]  # that killed a worker
+        steps = int(Path(disturbance.mark).read_text()) if struck else 0
+        kept = (counters(folder) or {"global_step": 0})["global_step"]
+        lost = self.verdict(folder, status, (allowed,), WORDS.get(action, "") if allowed != 0 else "")
+        if lost is None and kept < steps - (0 if action == "terminate" else SAVE_EVERY):
+            lost = f"of {steps} steps it kept {kept}"
+        return struck, lost
 
     def verdict(self, folder, status, allowed, words=""):
         """What is wrong with the end of a disturbed run, or with what the same command then makes of it."""
@@ -215,8 +228,12 @@ class Experiment:
         return self.rerun(folder)
 
     def rerun(self, folder):
+        found = counters(folder)
         if (status := self.run(folder)) != 0:
             return f"started again, it ended with status {status}: {folder}.err"
+        place = found and "resumed at task {task}, epoch {epoch}, step {step})".format(**found)
+        if place and place not in Path(f"{folder}.out").read_text():
+            return f"started again, it did not say that it {place}: {folder}.out"
         if not same(outcome(folder), self.expected):
             return f"started again, it ended elsewhere: {folder}"
         shutil.rmtree(folder, ignore_errors=True)  # a disk of its own stays
@@ -236,7 +253,8 @@ class Experiment:
     def damage(self, how, place):
         """last.pt of an interrupted run is damaged; the one before it is used."""
         folder = self.folder()
-        self.run(folder, Disturbance("kill", "EMA and queues", self.calls["EMA and queues"] * 3 // 4, f"{folder}.mark"))
+        killed = self.run(folder, Disturbance("kill", "EMA and queues", self.calls["EMA and queues"] * 3 // 4, f"{folder}.mark"))
+        assert killed == -signal.SIGKILL
         last = folder / "last.pt"
         content = bytearray(last.read_bytes())
         if how == "flipped":  # a kilobyte within the tensors
@@ -265,8 +283,7 @@ class Experiment:
         return True, lost
 
 
-EXPECTED = {action: (2,) for action in ACTIONS} | {"terminate": (143,), "clock_back": (0,)}
-EXPECTED["kill"] = (-signal.SIGKILL, 2)  # 2: it was a process that decodes
+EXPECTED = dict.fromkeys(ACTIONS, 2) | {"terminate": 143, "clock_back": 0, "kill": -signal.SIGKILL}
 WORDS = {"not_a_number": "not finite", "stall": "no images came", "full_disk": "", "terminate": "stopped by SIGTERM"}
 
 
@@ -308,7 +325,7 @@ def may_mount():
 
 def trials(root, short, rng):
     """Yields (name of a fault, function that tries it once)."""
-    flags = f"{TINY} --num_tasks 2 --epochs 1 --save_every 3 --batch_size 64"
+    flags = f"{TINY} --num_tasks 2 --epochs 1 --save_every {SAVE_EVERY} --batch_size 64"
     tree = trees.fill(root / "images", [f"{split}/{name}" for split in ("train", "test") for name in "abcd"], 32)
     files = (
         f"{flags} --dataset folder --data_dir {tree} --workers 1 --cache disk --cache_size 16 --batch_size 8 --moco_queue_size 16"
@@ -367,6 +384,8 @@ def campaign(short=False, only="", seed=0, show=print):
     show(f"\n{'fault':34s} tried  struck")
     for name in tried:
         show(f"{name:34s} {tried[name]:5d} {struck[name]:7d}")
+    if not tried:
+        lost.append(f"no fault is called {only!r}")
     show("\n".join([f"{sum(tried.values())} faults, {sum(struck.values())} struck, {len(lost)} runs lost", *lost]))
     if not lost:
         shutil.rmtree(root)

@@ -82,9 +82,9 @@ def worker(rank, world, folder):
     norm = CrossRankBatchNorm(3)
     torch.save({"y": norm(part.detach().bfloat16()), **norm.state_dict()}, f"{folder}/bf16{rank}.pt")
     process = Process(torch.device("cpu"), rank, world)
-    process.require_same("sees other data", 5)
-    with pytest.raises(RunError, match=f"process 1 of {world} sees other data .it found 7, process 0 5"):
-        process.require_same("sees other data", 7 if rank else 5)
+    process.require_same({"--lr": 5, "data set": 3})
+    with pytest.raises(RunError, match=f"process 1 of {world} has another --lr than process 0: 7, not 5"):
+        process.require_same({"--lr": 7 if rank else 5, "data set": 3})
     dist.destroy_process_group()
 
 
@@ -203,8 +203,8 @@ def partial_run(rank, world, port, folder, steps):
             main_cssl.main(args)
         except Interrupted:
             assert steps
-        distributed.stop()
         gc.collect()  # the lock of the run folder
+        distributed.stop()
 
 
 def test_resume_on_another_number_of_ranks(tmp_path):
@@ -238,6 +238,7 @@ def test_main_linear(tmp_path):
 def failing(rank, world, port, flags, folder):
     """Leaves what it says on standard error, and its exit status, in the folder."""
     os.dup2(os.open(f"{folder}/err{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     join(rank, world, port)
     status = run(flags)
     Path(f"{folder}/status{rank}").write_text(str(status))
@@ -253,7 +254,8 @@ def test_an_error_is_told_once(tmp_path, case):
         (data / "train" / "a" / "7.JPEG").unlink()
         (data / "train" / "a" / "7.JPEG").write_text("no image")
         flags, words = f"--dataset folder --data_dir {data} --scenario data --workers 1 --batch_size 16", "7.JPEG"
-    start_ranks(failing, 2, free_port(), f"{TINY} --num_tasks 2 --eval none {flags} --out_dir {tmp_path / 'run'}", tmp_path)
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # it outlives the ranks, as torchrun's does
+    start_ranks(failing, 2, store.port, f"{TINY} --num_tasks 2 --eval none {flags} --out_dir {tmp_path / 'run'}", tmp_path)
     lines = [line for rank in (0, 1) for line in (tmp_path / f"err{rank}").read_text().splitlines()]
     assert len([line for line in lines if line.startswith("program: error:") and words in line]) == 1 == len(lines), lines
     assert "0" not in [(tmp_path / f"status{rank}").read_text() for rank in (0, 1)]

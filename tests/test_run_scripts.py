@@ -1,6 +1,7 @@
 """The run scripts hold the papers' settings, and reach the end with nothing pasted by hand."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -96,9 +97,12 @@ def test_to_the_end(name, tmp_path):
 def cluster(tmp_path):
     """Starts a job of slurm/cssl.sbatch with stand-ins for SLURM's commands and for Python, which waits for SIGTERM."""
     stand_ins = {
-        "srun": 'while [[ $1 == -* ]]; do shift; done; exec "$@"',
+        # like SLURM's own it hands SIGUSR1 on, and at SIGTERM kills
+        "srun": 'while [[ $1 == -* ]]; do shift; done; "$@" & trap "kill -USR1 $!" USR1; trap "kill -KILL $!" TERM\n'
+        "wait $!; wait $!",
         "scontrol": f'[ "$1" = show ] && echo localhost || echo "$@" > {tmp_path}/requeued',
-        "python": f'echo "$@" >> {tmp_path}/calls; trap "sleep 0.2; echo saved; exit 143" TERM; while sleep 0.05; do :; done',
+        "python": f'echo $$ > {tmp_path}/pid; echo "$@" > {tmp_path}/calls; trap "sleep 0.2; echo saved; exit 138" USR1 TERM; '
+        "while sleep 0.05; do :; done",
     }
     for name, text in stand_ins.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
@@ -115,8 +119,8 @@ def cluster(tmp_path):
 
 
 def test_slurm_saves_and_requeues(cluster, tmp_path):
-    """Every run of the array has its own folder, method, regulariser and seed; when time is up it saves and is queued again,
-    which SLURM itself does after SIGTERM."""
+    """Every run of the array has its own folder, method, regulariser and seed; when time is up it saves and is queued again.
+    SIGTERM comes to all processes, and it is SLURM that queues the job again."""
     for number, index in ((signal.SIGUSR1, 0), (signal.SIGTERM, 11)):
         job = cluster(index, "--epochs", "3", SEEDS="5 6", METHODS="moco byol")
         while not (tmp_path / "calls").exists():
@@ -124,8 +128,10 @@ def test_slurm_saves_and_requeues(cluster, tmp_path):
             time.sleep(0.01)
         time.sleep(0.3)  # until Python's stand-in is ready for signals
         job.send_signal(number)
+        if number == signal.SIGTERM:
+            os.kill(int((tmp_path / "pid").read_text()), number)
         out, error = job.communicate(timeout=60)
-        assert job.returncode == 143 and "saved" in out, error
+        assert job.returncode == 138 and "saved" in out, (job.returncode, error)
         words = (tmp_path / "calls").read_text().split()
         (tmp_path / "calls").unlink()
         launcher, flags = words[: words.index("main_cssl.py")], words[words.index("main_cssl.py") + 1 :]
@@ -142,6 +148,7 @@ def test_slurm_saves_and_requeues(cluster, tmp_path):
             assert (tmp_path / "requeued").read_text().split() == ["requeue", "70007"]
             (tmp_path / "requeued").unlink()
     assert not (tmp_path / "requeued").exists()
-    job = cluster(18)
-    _, error = job.communicate(timeout=60)
-    assert job.returncode == 2 and "--array=0-17" in error
+    for index in (18, -1):
+        job = cluster(index)
+        _, error = job.communicate(timeout=60)
+        assert job.returncode == 2 and "--array=0-17" in error

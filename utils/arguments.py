@@ -2,8 +2,9 @@
 
 import argparse
 import math
-import os
 import re
+
+from utils.distributed import first_to_speak
 
 SECONDS = {"s": 1, "m": 60, "h": 3600}
 
@@ -37,7 +38,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def _print_message(self, message, file=None):
-        if os.environ.get("RANK", "0") == "0":  # torchrun's processes have the same arguments: one speaks for all
+        if first_to_speak():  # of torchrun's processes, which mostly have the same arguments
             super()._print_message(message, file)
 
 

@@ -34,6 +34,7 @@ LAYOUTS = {
     },
     "": {"": "backbone."},
 }
+IS_FOLDER = 0x10  # in a zip file's attributes
 LAST, PREVIOUS = "last.pt", "last.prev.pt"
 
 
@@ -77,8 +78,9 @@ def load(path):
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                if (name := archive.testzip()) is not None:  # torch.load does not compare checksums
-                    raise RuntimeError(f"the checksum of {name} is wrong")
+                folders = (entry.filename for entry in archive.infolist() if entry.external_attr & IS_FOLDER)
+                if name := archive.testzip() or next(folders, None):  # torch.load looks at neither
+                    raise RuntimeError(f"{name} in it has changed")
         # a Namespace of hyper-parameters is the one plain object that Lightning checkpoints commonly carry
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -3,7 +3,10 @@
 import contextlib
 import ctypes
 import functools
+import gc
 import os
+import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -11,6 +14,9 @@ import torch
 import torch.distributed as dist
 
 from utils import RunError
+
+MEETING = timedelta(minutes=10)  # processes may be so far apart when they start
+DECODING = timedelta(hours=12)  # rank 0 may decode a data set before the others; torchrun notices at once when a process ends
 
 
 @dataclass(frozen=True)
@@ -60,14 +66,18 @@ class Process:
             for x in tensors:
                 dist.all_reduce(x)
 
-    def require_same(self, what, value):
-        """Raises RunError, with `what`, unless all ranks give equal values."""
+    def require_same(self, values):
+        """Raises RunError unless all ranks give equal values, by name."""
         if self.world > 1:
-            values = [None] * self.world
-            dist.all_gather_object(values, value)
-            odd = next((rank for rank, other in enumerate(values) if other != values[0]), None)
-            if odd is not None:
-                raise RunError(f"process {odd} of {self.world} {what} (it found {values[odd]}, process 0 {values[0]})")
+            ranks = [None] * self.world
+            dist.all_gather_object(ranks, values)
+            for rank, others in enumerate(ranks):
+                for name, value in ranks[0].items():
+                    if (other := others.get(name)) != value:
+                        raise RunError(
+                            f"process {rank} of {self.world} has another {name} than process 0: {other}, not {value}; all machines "
+                            "need the same flags, the same images, and one run folder that they share"
+                        )
 
     def union(self, items):
         """The set of all ranks' items."""
@@ -106,24 +116,47 @@ def start(device):
     else:
         keep_heap()
     if world > 1:
-        # long, since rank 0 may decode a data set before the others; torchrun notices at once when a process ends
         group = dist.PrefixStore("group", store)
-        dist.init_process_group("nccl" if cuda else "gloo", store=group, rank=rank, world_size=world, timeout=timedelta(hours=12))
+        dist.init_process_group("nccl" if cuda else "gloo", store=group, rank=rank, world_size=world, timeout=DECODING)
     return Process(torch.device("cuda", local) if cuda else torch.device("cpu"), rank, world)
 
 
 @functools.cache
 def meeting_place():
-    """The key-value store that torchrun keeps for its processes; None for a process alone. Raises RunError if there is none."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return None
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    """The part of torchrun's key-value store that is these processes' own; None for a process alone. Waits for all of them.
+
+    After a restart the store is the same one and holds the addresses of processes that have gone, and what an agent counts as
+    restarts is not what the agents of other machines count. So rank 0 names a new part, and tells each rank that comes to the
+    door, which says that it has heard. Raises RunError if the processes do not meet.
+    """
+    own = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
     try:
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if world == 1:
+            return None
         store, _, _ = next(dist.rendezvous("env://"))
-    except ValueError as error:
-        raise RunError(f"WORLD_SIZE is set, as for many processes, but {error}: start them with torchrun, or unset it") from error
-    # after a restart it is the same store, and still holds the addresses of the processes that have gone
-    return dist.PrefixStore(f"attempt {attempt}", store)
+        if rank > 0:
+            store.set(f"at the door: {rank}", own)
+            store.wait([f"room of {own}"], MEETING)
+            room = store.get(f"room of {own}").decode()
+            store.set(f"{room} has {rank}", "")
+            return dist.PrefixStore(room, store)
+        missing, deadline = set(range(1, world)), time.monotonic() + MEETING.total_seconds()
+        while missing:
+            if time.monotonic() > deadline:
+                raise RunError(f"{len(missing)} of {world} processes did not come: what they say tells why")
+            for other in filter(lambda other: store.check([f"at the door: {other}"]), missing):
+                store.set(f"room of {store.get(f'at the door: {other}').decode()}", own)
+            missing = {other for other in missing if not store.check([f"{own} has {other}"])}
+            time.sleep(0.02)
+        return dist.PrefixStore(own, store)
+    except RunError:
+        raise
+    except (ValueError, dist.DistError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(
+            f"the {os.environ['WORLD_SIZE']} processes of WORLD_SIZE do not meet ({reason}): start them with torchrun"
+        ) from error
 
 
 def first_to_speak():
@@ -145,5 +178,7 @@ def keep_heap():
 
 
 def stop():
+    """Leaves the other processes, when the model is no longer used."""
     if dist.is_initialized():
+        gc.collect()  # DistributedDataParallel, which would end the group while it holds the interpreter: a deadlock
         dist.destroy_process_group()

@@ -22,7 +22,7 @@ from utils.log import Log
 # arguments that may differ when a run is resumed: they change where and how fast it runs, not what it computes
 FREE = {"out_dir", "data_dir", "download", "cache_dir", "device", "compile", "save_every", "log_every", "workers", "skip_corrupt"}
 PROTOCOL = {"eval", "probe_lr", "probe_data_dir"}  # may change until a task is finished
-SPLIT = "split.pt"
+SPLIT, LOCK = "split.pt", ".lock"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -42,13 +42,16 @@ def open_folder(path, arguments):
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
+        lock = open(folder / LOCK, "w")
     except OSError as error:
         raise RunError(f"--out_dir {folder} cannot be written: {error.strerror}") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise RunError(f"another process is writing {folder}: wait for it, or choose another --out_dir") from error
+    lock.write(os.urandom(8).hex())  # by which processes on other machines see that they see this folder
+    lock.flush()
+    os.fsync(lock.fileno())
     if not checkpoint.exists(folder):
         if any(folder.glob("task*.pt")):
             raise RunError(f"{folder} holds networks of a run but no {checkpoint.LAST}: choose another --out_dir, or empty it")
@@ -118,9 +121,8 @@ class Run:
         vars(self).update(self.saved["counters"] if self.resumed else {**self.COUNTERS, "matrix": []})
         if self.resumed:
             self.check_experiment(self.saved["arguments"])
-        process.require_same("sees other data in --data_dir than the first", data["digest"])
-        process.require_same(f"sees another {self.folder / checkpoint.LAST} than the first: put --out_dir on a disk that all "
-                             "machines share", self.global_step if self.resumed else None)  # fmt: skip
+        flags = {f"--{name}": value for name, value in self.arguments.items() if name not in FREE}
+        process.require_same({**flags, "data set in --data_dir": data["digest"], "folder in --out_dir": self.read_lock()})
         if self.main:
             self.check_split(indices)
         complete = self.finished == arguments["num_tasks"]
@@ -129,6 +131,12 @@ class Run:
         self.every, self.unit = arguments["save_every"]
         self.started = self.last_save = time.monotonic()
         self.seconds_saving = 0.0
+
+    def read_lock(self):
+        try:
+            return (self.folder / LOCK).read_text()
+        except OSError:
+            return None
 
     def check_experiment(self, arguments):
         """Raises RunError unless the checkpoint is of these arguments and data. Until a task is finished the
