@@ -362,7 +362,6 @@ def report_errors(function, name):
         raise
     except BaseException as error:
         ignore_signals()
-        close_all()  # while the traceback holds them: left to the garbage collector, workers that hang would be waited for
         status, message = explain(error)
         if distributed.first_to_speak():
             if message is None:

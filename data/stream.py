@@ -3,7 +3,7 @@
 import ctypes
 import signal
 import sys
-import weakref
+from multiprocessing.util import Finalize
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from data.loader import EVALUATION_BATCH, Loader, generator
 
 CHUNK = 16  # images held decoded at a time
 TIMEOUT = 600  # seconds that a batch may take
-OPEN = weakref.WeakSet()  # every Stream, for close_all
+OPEN = set()  # the Streams that are not closed: held here, since Python would wait for ever for a worker that it forgot
 EVALUATION_SCALE = 256 / 224  # evaluation sees the centre of an image whose short side is this many times the crop's
 
 
@@ -120,7 +120,8 @@ class Stream:
             yield crops.to(self.device, non_blocking=True)
 
     def close(self):
-        """Ends the worker processes. Left to the garbage collector, after an exception, that would take seconds or warn."""
+        """Ends the worker processes."""
+        OPEN.discard(self)
         if self.loader.num_workers and self.iterator is not None:
             self.iterator._shutdown_workers()  # PyTorch has no public way
             for worker in self.iterator._workers:
@@ -153,9 +154,12 @@ def plain_stream(images, share, size, mean, std, device, workers, skip_corrupt=F
     stream = Stream(Crops(images.images, size), workers, device, skip_corrupt, persistent=False)
     indices = torch.arange(share.start, share.stop)
     requests = ((part, None) for part in indices.split(batch_size))
-    for crops in stream.batches(requests):
-        x = crops[:, 0].float().div_(255)
-        yield augment.normalize(x, mean, std).contiguous(memory_format=torch.channels_last)
+    try:
+        for crops in stream.batches(requests):
+            x = crops[:, 0].float().div_(255)
+            yield augment.normalize(x, mean, std).contiguous(memory_format=torch.channels_last)
+    finally:
+        stream.close()
     images.labels[list(stream.skipped)] = -1
 
 
@@ -163,6 +167,9 @@ def close_all():
     """Ends the worker processes of all Streams."""
     for stream in list(OPEN):
         stream.close()
+
+
+Finalize(None, close_all, exitpriority=100)  # before multiprocessing waits for workers, which take no SIGTERM
 
 
 def prepare_worker(worker):

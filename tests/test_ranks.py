@@ -259,3 +259,20 @@ def test_an_error_is_told_once(tmp_path, case):
     lines = [line for rank in (0, 1) for line in (tmp_path / f"err{rank}").read_text().splitlines()]
     assert len([line for line in lines if line.startswith("program: error:") and words in line]) == 1 == len(lines), lines
     assert "0" not in [(tmp_path / f"status{rank}").read_text() for rank in (0, 1)]
+
+
+def whole_run(rank, world, port, flags):
+    join(rank, world, port)
+    assert run(flags) == 0
+
+
+def test_a_rank_may_have_nothing_but_unreadable_images(tmp_path):
+    """With --skip_corrupt the second rank's share of the test set is two broken files: no reason to stop."""
+    data = trees.fill(tmp_path, ["train/a", "train/b"], 16)
+    trees.fill(tmp_path, ["test/a", "test/b"], 257)
+    for path in sorted((data / "test" / "b").iterdir())[-2:]:
+        path.unlink()
+        path.write_text("no image")
+    flags = f"{TINY} --dataset folder --data_dir {data} --scenario data --num_tasks 1 --epochs 1 --batch_size 16 --workers 1"
+    start_ranks(whole_run, 2, free_port(), f"{flags} --skip_corrupt --out_dir {tmp_path / 'run'}")
+    assert len(json.loads((tmp_path / "run" / "results.json").read_text())["matrix"]) == 1
