@@ -121,13 +121,24 @@ def start(device):
     return Process(torch.device("cuda", local) if cuda else torch.device("cpu"), rank, world)
 
 
-@functools.cache
 def meeting_place():
-    """The part of torchrun's key-value store that is these processes' own; None for a process alone. Waits for all of them.
+    """The part of torchrun's key-value store that is these processes' own; None for a process alone. Waits for all of them, once.
 
-    After a restart the store is the same one and holds the addresses of processes that have gone, and what an agent counts as
-    restarts is not what the agents of other machines count. So rank 0 names a new part, and tells each rank that comes to the
-    door, which says that it has heard. Raises RunError if the processes do not meet.
+    Raises RunError if they do not meet.
+    """
+    met = _meet()
+    if isinstance(met, RunError):
+        raise met
+    return met
+
+
+@functools.cache
+def _meet():
+    """meeting_place's store, or its error.
+
+    After a restart torchrun's store is the same one and holds the addresses of processes that have gone, and what an agent counts
+    as restarts is not what the agents of other machines count. So rank 0 names a new part of it, and tells each rank that comes
+    to the door, which says that it has heard.
     """
     own = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
     try:
@@ -144,19 +155,15 @@ def meeting_place():
         missing, deadline = set(range(1, world)), time.monotonic() + MEETING.total_seconds()
         while missing:
             if time.monotonic() > deadline:
-                raise RunError(f"{len(missing)} of {world} processes did not come: what they say tells why")
+                return RunError(f"{len(missing)} of {world} processes did not come: what they say tells why")
             for other in filter(lambda other: store.check([f"at the door: {other}"]), missing):
                 store.set(f"room of {store.get(f'at the door: {other}').decode()}", own)
             missing = {other for other in missing if not store.check([f"{own} has {other}"])}
             time.sleep(0.02)
         return dist.PrefixStore(own, store)
-    except RunError:
-        raise
     except (ValueError, dist.DistError) as error:
         reason = str(error).splitlines()[0]
-        raise RunError(
-            f"the {os.environ['WORLD_SIZE']} processes of WORLD_SIZE do not meet ({reason}): start them with torchrun"
-        ) from error
+        return RunError(f"the processes that WORLD_SIZE={os.environ['WORLD_SIZE']} promises do not meet ({reason}): use torchrun")
 
 
 def first_to_speak():
