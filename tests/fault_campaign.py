@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import ctypes
 import importlib
+import itertools
 import multiprocessing
 import os
 import random
@@ -171,7 +172,7 @@ class Experiment:
     """One command, how an undisturbed run of it ends, and what its disturbed runs ended as."""
 
     def __init__(self, name, flags, root):
-        self.name, self.flags, self.root, self.number = name, flags, root / name, 0
+        self.flags, self.root, self.numbers = flags, root / name, itertools.count()
         self.root.mkdir()
         folder, before = self.folder(), time.monotonic()
         assert self.run(folder, counts=self.root / "counts") == 0, Path(f"{folder}.err").read_text()
@@ -180,8 +181,7 @@ class Experiment:
         self.expected = outcome(folder)
 
     def folder(self):
-        self.number += 1
-        return self.root / str(self.number)
+        return self.root / str(next(self.numbers))
 
     def start(self, folder, disturbance=None, counts=None):
         cache = f"--cache_dir {folder}.cache" if "--cache" in self.flags else ""
@@ -191,8 +191,7 @@ class Experiment:
 
     def run(self, folder, *disturbance, **options):
         """The exit status; None of a run that hangs."""
-        process = self.start(folder, *disturbance, **options)
-        return self.wait(process)
+        return self.wait(self.start(folder, *disturbance, **options))
 
     def wait(self, process):
         process.join(HANGS)
@@ -231,8 +230,8 @@ class Experiment:
         found = counters(folder)
         if (status := self.run(folder)) != 0:
             return f"started again, it ended with status {status}: {folder}.err"
-        place = found and "resumed at task {task}, epoch {epoch}, step {step})".format(**found)
-        if place and place not in Path(f"{folder}.out").read_text():
+        place = found and "resumed at task {task}, epoch {epoch}, step {step}".format(**found)
+        if place and f"({place})" not in Path(f"{folder}.out").read_text():
             return f"started again, it did not say that it {place}: {folder}.out"
         if not same(outcome(folder), self.expected):
             return f"started again, it ended elsewhere: {folder}"
@@ -284,14 +283,14 @@ class Experiment:
 
 
 EXPECTED = dict.fromkeys(ACTIONS, 2) | {"terminate": 143, "clock_back": 0, "kill": -signal.SIGKILL}
-WORDS = {"not_a_number": "not finite", "stall": "no images came", "full_disk": "", "terminate": "stopped by SIGTERM"}
+WORDS = {"not_a_number": "not finite", "stall": "no images came", "terminate": "stopped by SIGTERM"}
 
 
 class Pair:
     """A run of two ranks under torchrun, which starts them again when one of them ends."""
 
     def __init__(self, flags, root):
-        self.flags, self.root, self.number = flags, root / "pair", 0
+        self.flags, self.root, self.numbers = flags, root / "pair", itertools.count()
         self.root.mkdir()
         before = time.monotonic()
         self.expected = outcome(self.run(None)[1])
@@ -299,8 +298,7 @@ class Pair:
 
     def run(self, moment, rank=0):
         """(Whether the rank could be killed after a share of the usual time, the run folder)."""
-        self.number, struck = self.number + 1, False
-        folder = self.root / str(self.number)
+        folder, struck = self.root / str(next(self.numbers)), False
         job = start("--standalone --nproc-per-node 2 --max-restarts 1", f"{self.flags} --out_dir {folder}")
         if moment is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
