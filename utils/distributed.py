@@ -136,9 +136,9 @@ def meeting_place():
 def _meet():
     """meeting_place's store, or its error.
 
-    After a restart torchrun's store is the same one and holds the addresses of processes that have gone, and what an agent counts
-    as restarts is not what the agents of other machines count. So rank 0 names a new part of it, and tells each rank that comes
-    to the door, which says that it has heard.
+    After a restart torchrun's store is the same one and holds the addresses of processes that have gone, and the torchruns of two
+    machines may count restarts differently. So rank 0 names a new part of the store, and tells each rank that comes to the door,
+    which says that it has heard.
     """
     own = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
     try:
