@@ -89,6 +89,7 @@ def test_two_machines(two, tmp_path):
     jobs = [start(f"{meet} --local-addr localhost", f"{FLAGS} --out_dir {tmp_path}") for _ in range(2)]
     rank = 1
     while not any(rank in ranks_of(job) for job in jobs):
+        assert all(job.poll() is None for job in jobs)
         time.sleep(0.1)
     kill_in_second_task(next(job for job in jobs if rank in ranks_of(job)), rank, tmp_path)
     outputs = [finish(job)[0] for job in jobs]
