@@ -28,10 +28,9 @@ from data.stream import TIMEOUT, Crops, Stream, StreamLoader, close_all, plain_s
 from losses import METHODS, REGULARIZERS
 from losses.base import Learner, MethodError
 from models import BACKBONES, STEMS, build_backbone
-from models.twins import ema_tau
 from utils import RunError, checkpoint, distributed, evaluate
 from utils.arguments import Parser
-from utils.collapse import health, plot_spectrum, spread
+from utils.collapse import collapsed, health, plot_spectrum, spread
 from utils.log import Progress
 from utils.meter import Clock, Meter
 from utils.optim import LARS, warmup_cosine
@@ -47,6 +46,8 @@ KNOWN_ERRORS = {
         "another process of this run ended without a word, as one does that is killed or whose machine fails",
     ),
 }
+COLLAPSED = "the features have collapsed after {}: all images look alike to the network, and its accuracies say nothing; lower --lr"
+SHORT = 50  # epochs a task, below which the released schedule has no room for its warm-up
 STREAM_SIZE = 224  # of views of images that differ in size
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -79,7 +80,9 @@ def parse_arguments(argv=None):
     add("--lr", type="positive", help="per 256 images: the rate used is lr x batch_size / 256 (default: the method's)")
     add("--optimizer", choices=OPTIMIZERS, help="(default: the method's; lars for all but falcon)")
     add("--weight_decay", type="weight", help="(default: the method's)")
-    add("--warmup_epochs", type="index", help="linear warm-up (default: 10, or a fifth of the epochs if that is less)")
+    add("--lr_schedule", choices=("epoch", "step"), help="when the rate is set: every epoch, as released, or every step (default: "
+        "epoch; step for falcon, and in runs under 50 epochs a task, which a jump of the rate can make collapse)")  # fmt: skip
+    add("--warmup_epochs", type="index", help="linear warm-up (default: 10, or a third of the epochs in runs under 50)")
     add("--seed", type="index", default=5, help="of everything: class order, weights, sample order, views")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--precision", choices=PRECISIONS, help="autocast type (default: bf16 on CUDA, fp32 on CPU); losses are always fp32")
@@ -88,6 +91,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument_group("evaluation and output").add_argument
     add("--eval", choices=("linear", "knn", "none"), default="linear", help="after every task; knn is quick, linear is the papers'")
     add("--probe_lr", type="positive", help="of the linear probe (default: the method's); lower it if the probe diverges")
+    add("--probe_momentum", type="fraction", default=0.0, help="of the linear probe: 0 as in PNR's release, 0.9 as in CaSSLe's")
     add("--out_dir", help="the run's folder (default: runs/<dataset>-<scenario><tasks>-<method>-<regularizer>-seed<seed>)")
     add("--save_every", type="interval", default="10m", help="steps (500) or time (90s, 10m, 1h) between checkpoints; also at each "
         "epoch's end, unless saving would take over a tenth of the time")  # fmt: skip
@@ -99,11 +103,14 @@ def parse_arguments(argv=None):
             registry[name].add_arguments(parser.add_argument_group(name))
     args = parser.parse_args(argv)
     method = METHODS[args.method]
+    REGULARIZERS[args.regularizer].resolve(args)
     for name in ("optimizer", "lr", "weight_decay", "probe_lr"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(method, name))
+    short = args.epochs < SHORT
+    args.lr_schedule = args.lr_schedule or ("step" if short else method.lr_schedule)
     if args.warmup_epochs is None:
-        args.warmup_epochs = min(10, args.epochs // 5)
+        args.warmup_epochs = min(10, args.epochs // 3) if short else 10
     if args.num_tasks is None and args.scenario != "domain":
         args.num_tasks = DEFAULT_TASKS
     if args.out_dir is None:
@@ -120,19 +127,26 @@ def main(args):
     names = f"--method {args.method} --backbone {args.backbone} --width {args.width} --stem {args.stem}"
     if args.init_from and not checkpoint.exists(args.out_dir):
         initial = copy.deepcopy(method)
-        checkpoint.load_method(initial, args.init_from, names, tasks.names)
+        note = checkpoint.load_method(initial, args.init_from, names, tasks.names)
     run = Run(vars(args), {"tasks": tasks.names, "digest": train.digest}, tasks.train, process)
     clock = Clock()
     if process.main:
         print_settings(args, process, train, tasks, loaders, learner, run)
+        if args.init_from and not run.resumed:
+            print(note, flush=True)
 
     def report(kind, values):
         """A line of metrics, with what is worth watching beside the losses; on the terminal the speed too."""
-        tau = ema_tau(progress.share, *method.ema) if method.ema else None
-        values = {**values, "lr": lr, "ema_tau": tau, "feature_std": spread(out.z[0])}
+        z = out.z[0].detach()
+        values = {**values, "lr": lr, "ema_tau": method.ema_tau, "feature_std": spread(z), "z_norm": float(z.norm(dim=1).mean())}
         run.log.metrics(kind, run.global_step, values, task=task, epoch=epoch)
         run.log.scalars("speed", run.global_step, speed := {**clock.read(), "skipped_images": len(loader.skipped)})
         progress.say(values["loss"], lr, speed["images_per_second"], speed["data_wait_share"])
+        if values["feature_std"] < run.start_std / 10:
+            fall = f"from {run.start_std:.2g} to {values['feature_std']:.2g} since the task began"
+            progress.warn(f"the spread of the projections (feature_std) fell {fall}, task {task}: they are collapsing; more "
+                          "--warmup_epochs or a lower --lr prevents that")  # fmt: skip
+            run.start_std = 0.0  # said once a task
 
     if args.eval != "none" and not run.matrix and run.random_row is None:
         run.random_row = accuracies(
@@ -155,8 +169,8 @@ def main(args):
 
         with stop.deferred():
             for epoch in range(run.epoch, epochs):
-                lr = set_lr(optimizer, warmup_cosine(epoch, args.lr * args.batch_size / 256, epochs, args.warmup_epochs))
                 for view1, view2 in clock.watch(loader.epoch(epoch, run.step), args.batch_size):
+                    lr = set_lr(optimizer, learning_rate(args, epoch, run.step, loader.steps))
                     loss, terms, out, old = model(view1, view2)
                     scaler.scale(loss).backward()
                     scaler.unscale_(optimizer)  # LARS weighs the true gradient against the weight
@@ -169,6 +183,7 @@ def main(args):
                     progress.step()
                     run.step, run.global_step = run.step + 1, run.global_step + 1
                     if epoch == 0 and run.step == 1:
+                        run.start_std = spread(out.z[0])
                         run.log.views(run.global_step, (view1, view2), train.mean, train.std)
                     if run.global_step % args.log_every == 0:
                         run.check_finite(meter)
@@ -191,13 +206,20 @@ def main(args):
                 known, tested = frozen_features(args, process, method.backbone, probe, test)
                 run.matrix.append(accuracies(args, process, known, tested, probe.classes, tasks))
                 features = process.gather(tested[0])
-                publish(args, run, *health(features, method.codes(features)))
+                monitors, spectrum = health(features, method.codes(features))
+                publish(args, run, monitors, spectrum)
+                if process.main:
+                    print(evaluate.format_row(task, run.matrix[-1], run.random_row), flush=True)
+                if collapsed(monitors):
+                    run.collapsed.append(task)
+                    progress.warn(COLLAPSED.format(f"task {task}"))
             run.finished += 1
             run.save(**parts)
         run.task, run.epoch, run.step = task + 1, 0, 0
     skipped = process.union(loaders[0].skipped)
     if process.main:
         print_results(run, args, skipped)
+    return int(bool(run.collapsed))
 
 
 def build_data(args, process):
@@ -248,6 +270,13 @@ def build_optimizer(args, learner):
     if args.optimizer == "lars":
         options["exclude_bias_n_norm"] = learner.method.exclude_bias_n_norm
     return OPTIMIZERS[args.optimizer](trained, **options)
+
+
+def learning_rate(args, epoch, step, steps):
+    """Of a step of an epoch of `steps`, by --lr_schedule."""
+    t, unit = (epoch, 1) if args.lr_schedule == "epoch" else (epoch * steps + step, steps)
+    base_lr, start_lr = args.lr * args.batch_size / 256, METHODS[args.method].warmup_start_lr
+    return warmup_cosine(t, base_lr, args.epochs * unit, args.warmup_epochs * unit, start_lr)
 
 
 def set_lr(optimizer, lr):
@@ -312,7 +341,7 @@ def save_network(run, method):
 
 def publish(args, run, monitors, spectrum):
     """The matrix so far, and the collapse monitors of the test features, in the logs and in the run folder."""
-    protocol = evaluate.protocol_name(args.eval, args.probe_lr)
+    protocol = evaluate.protocol_name(args)
     block = evaluate.summary(run.matrix, args.num_tasks, protocol, run.random_row)
     run.publish(block, monitors, f"{args.method} + {args.regularizer}")
     run.log.figure("collapse/spectrum", plot_spectrum(spectrum), run.global_step)
@@ -342,22 +371,25 @@ def print_settings(args, process, train, tasks, loaders, learner, run):
 
 def print_results(run, args, skipped):
     if run.matrix:
-        print(f"\naccuracy (%), {evaluate.protocol_name(args.eval, args.probe_lr)}\n{evaluate.format_matrix(run.matrix)}")
+        print(f"\naccuracy (%), {evaluate.protocol_name(args)}\n{evaluate.format_matrix(run.matrix)}")
         print(evaluate.format_summary(evaluate.summary(run.matrix, args.num_tasks, "", run.random_row)))
     if skipped:
         print(f"{len(skipped)} training images could not be read and were skipped: python -m data.check lists such files")
-    print(f"{run.folder} is complete; TensorBoard: tensorboard --logdir {run.folder}")
+    if run.collapsed:
+        print(f"warning: {COLLAPSED.format('task ' + ', '.join(map(str, run.collapsed)))}", file=sys.stderr)
+    state = "has ended in a collapse" if run.collapsed else "is complete"
+    print(f"{run.folder} {state}; TensorBoard: tensorboard --logdir {run.folder}")
 
 
 def report_errors(function, name):
-    """The exit status of function(): a user's error is one line and status 2, an interruption one line and 128 + the signal.
+    """The exit status of function(), or 0: a user's error is one line and status 2, an interruption one line and 128 + the signal.
 
     Of many ranks the first one that fails speaks: what ends the others is that it has gone.
     """
     try:
-        function()
+        status = function()
         distributed.stop()
-        return 0
+        return status or 0
     except SystemExit:
         raise
     except BaseException as error:

@@ -42,6 +42,7 @@ DEFAULTS = {
     "seed": 5,
     "precision": None,
     "probe_lr": 1.0,
+    "probe_momentum": 0.0,
 }
 
 
@@ -57,6 +58,7 @@ def parse_arguments(argv=None):
     add("--protocol", dest="eval", choices=("linear", "knn"), default="linear", help="knn is quick, linear is what papers report")
     add("--label_fraction", type="share", default=1.0, help="share of each class's labels that the classifier sees, such as 0.01")
     add("--probe_lr", type="positive", help="of the linear probe (default: the run's, or 1); lower it if the probe diverges")
+    add("--probe_momentum", type="fraction", help="of the linear probe (default: the run's, or 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add_data_arguments(parser)
     add = parser.add_argument_group("what the run does not say, or is to be overridden").add_argument
@@ -106,7 +108,7 @@ def main(args):
     backbone = build_backbone(args.backbone, args.width, args.stem).to(process.device, memory_format=torch.channels_last)
     what = f"--backbone {args.backbone} --width {args.width} --stem {args.stem}"
     name = args.eval if args.label_fraction == 1 else f"{args.eval}_{args.label_fraction:g}"
-    protocol = evaluate.protocol_name(args.eval, args.probe_lr)
+    protocol = evaluate.protocol_name(args)
     if args.label_fraction < 1:
         protocol += f"; {100 * args.label_fraction:g} % of the labels"
 

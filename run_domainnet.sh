@@ -11,7 +11,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/utils/launch.sh"
 OUT=${OUT:-runs/domainnet-$METHOD-$REGULARIZER}
 
-# The paper's table; lr is per 256 images (Adam's 1e-3 at FALCON's batch of 64); probe_lr that of the offline linear evaluation;
+# The paper's table; lr is per 256 images (Adam's 2.5e-4 at FALCON's batch of 64); probe_lr that of the offline linear evaluation;
 # lambda_neg that of DomainNet.
 BATCH=256 VIEWS="--min_scale 0.08 --blur_p 1 0.1 --solarize_p 0 0.2"
 case $METHOD in
@@ -21,7 +21,7 @@ case $METHOD in
   byol)   TABLE="--lr 0.6 --weight_decay 1e-5 --probe_lr 3 --byol_predictor_hidden 8192 --byol_ema 0.99 1 --byol_lambda_neg 1" ;;
   vicreg) TABLE="--lr 0.4 --weight_decay 1e-4 --probe_lr 0.3 --vicreg_lambda_distill 25 --vicreg_lambda_neg 8"
           VIEWS="--min_scale 0.2 --blur_p 0.5 0.5 --solarize_p 0.1 0.1" ;;
-  falcon) TABLE="--optimizer adam --lr 4e-3 --weight_decay 1e-4 --probe_lr 0.1 --falcon_codes 16384 --falcon_beta 1"
+  falcon) TABLE="--optimizer adam --lr 1e-3 --weight_decay 1e-4 --probe_lr 0.1 --falcon_codes 16384 --falcon_beta 1"
           TABLE+=" --falcon_lambda_neg 0.1" BATCH=64 ;;
   *)      fail "unknown method $METHOD: choose moco, simclr, barlow, byol, vicreg or falcon" ;;
 esac

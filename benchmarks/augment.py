@@ -20,7 +20,7 @@ from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.augment import BLUR_RADIUS, BLUR_SIGMA, ViewConfig, draw, make_view
-from data.datasets import CIFAR100_STATS
+from data.datasets import CIFAR_STATS
 from data.loader import generator
 
 try:
@@ -34,7 +34,7 @@ TAPS = 2 * BLUR_RADIUS + 1
 def ours(images, views):
     """This project's pipeline; images: uint8 [N, 3, H, W]."""
     rng = generator(0)
-    return lambda: [make_view(images, draw(v, len(images), *images.shape[2:], rng), v, *CIFAR100_STATS) for v in views]
+    return lambda: [make_view(images, draw(v, len(images), *images.shape[2:], rng), v, *CIFAR_STATS) for v in views]
 
 
 def per_image(images, views):
@@ -51,7 +51,7 @@ def per_image(images, views):
                 T.RandomSolarize(128, v.solarize_p),
                 T.RandomHorizontalFlip(v.flip_p),
                 T.ToTensor(),
-                T.Normalize(*CIFAR100_STATS),
+                T.Normalize(*CIFAR_STATS),
             ]
         )
 
@@ -71,7 +71,7 @@ def per_batch(images, views):
             *([K.RandomGaussianBlur(TAPS, BLUR_SIGMA, p=v.blur_p)] if v.blur_p else []),
             K.RandomSolarize(thresholds=(0.5, 0.5), additions=(0.0, 0.0), p=v.solarize_p),
             K.RandomHorizontalFlip(p=v.flip_p),
-            K.Normalize(*CIFAR100_STATS),
+            K.Normalize(*CIFAR_STATS),
         )
 
     pipelines = [pipeline(view) for view in views]

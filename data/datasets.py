@@ -13,8 +13,7 @@ from data import DataError
 from data.cache import add_cache, forget, open_in_memory
 from data.files import Files, default_workers, list_classes, list_images
 
-CIFAR100_STATS = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
-CIFAR10_STATS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+CIFAR_STATS = ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261))  # CIFAR-10's; the released code takes them for CIFAR-100, too
 DIGITS_STATS = ((0.3053,) * 3, (0.3762,) * 3)
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.228, 0.224, 0.225))  # the standard deviations of the released code
 SVHN_STATS = ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970))
@@ -84,23 +83,23 @@ def digits(split, args):
 
 def cifar10(split, args):
     """CIFAR-10 (Krizhevsky, 2009), from torchvision's files or from class folders."""
-    return _cifar("CIFAR10", split, args, CIFAR10_STATS)
+    return _cifar("CIFAR10", split, args)
 
 
 def cifar100(split, args):
     """CIFAR-100 (Krizhevsky, 2009), from torchvision's files or from class folders."""
-    return _cifar("CIFAR100", split, args, CIFAR100_STATS)
+    return _cifar("CIFAR100", split, args)
 
 
-def _cifar(name, split, args, stats):
+def _cifar(name, split, args):
     root = Path(args.data_dir)
     if (root / "train").is_dir() or (root / "test").is_dir():
         names, labels, classes = list_classes(root / split)
-        return ImageSet(Files(root / split, names), labels, classes, *stats, one_size=True)
+        return ImageSet(Files(root / split, names), labels, classes, *CIFAR_STATS, one_size=True)
     form = "torchvision's files or with train/<class>/ and test/<class>/ (PNG or JPEG images)"
     files = _torchvision(name, args, form, train=split == "train")
     images = torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(images, torch.tensor(files.targets), files.classes, *stats)
+    return ImageSet(images, torch.tensor(files.targets), files.classes, *CIFAR_STATS)
 
 
 def svhn(split, args):

@@ -45,9 +45,11 @@ class Method(nn.Module):
 
     lr, weight_decay, probe_lr = 0.6, 1e-4, 1.0  # the defaults of --lr, --weight_decay and --probe_lr
     optimizer = "lars"  # the default of --optimizer
+    lr_schedule, warmup_start_lr = "epoch", 0.003  # the default of --lr_schedule, and where the warm-up begins
     exclude_bias_n_norm = True  # 1-D parameters skip LARS and weight decay
     dim = None  # D, the projector's output dimension
     ema = None  # (base, final) of the EMA twin's tau; None: no twin
+    ema_tau = None  # of the last step
 
     @staticmethod
     def add_arguments(parser):
@@ -94,9 +96,9 @@ class Method(nn.Module):
     def after_step(self, out, progress):
         """After the optimiser's step; progress: the share of the task's steps done, 0 to 1. Moves the EMA twin."""
         if self.ema is not None:
-            tau = ema_tau(progress, *self.ema)
-            ema_update(self.twin["backbone"], self.backbone, tau)
-            ema_update(self.twin["projector"], self.projector, tau)
+            self.ema_tau = ema_tau(progress, *self.ema)
+            ema_update(self.twin["backbone"], self.backbone, self.ema_tau)
+            ema_update(self.twin["projector"], self.projector, self.ema_tau)
 
 
 class NonContrastive(Method):
@@ -127,6 +129,10 @@ class Regularizer(nn.Module):
     @staticmethod
     def add_arguments(parser):
         """Declares the regulariser's flags on an argparse group."""
+
+    @staticmethod
+    def resolve(args):
+        """Fills in what the flags leave open."""
 
     def __init__(self, args):
         super().__init__()

@@ -12,14 +12,21 @@ class CaSSLe(Regularizer):
     def add_teacher_arguments(parser):
         """The flags of every regulariser with a teacher."""
         parser.add_argument("--predictor_hidden", type="count", default=2048, help="hidden width of the predictor g")
-        parser.add_argument("--teacher_bn", choices=("eval", "batch"), default="batch",
-                            help="what the frozen teacher's batch norms use: its running statistics, or each batch's own, as "
-                            "the released code does for nearly all of training (the running statistics never change)")  # fmt: skip
+        parser.add_argument("--teacher_bn", choices=("auto", "eval", "batch"), default="auto",
+                            help="what the frozen teacher's batch norms use: its running statistics, or each batch's own (the "
+                            "running statistics never change); auto, as released: eval for pnr on ImageNet and DomainNet, else "
+                            "batch")  # fmt: skip
 
     @staticmethod
     def add_arguments(parser):
         CaSSLe.add_teacher_arguments(parser)
         parser.add_argument("--cassle_weight", type="weight", default=1.0, help="weight of the distillation term")
+
+    @staticmethod
+    def resolve(args):
+        """CaSSLe's code never puts its teacher in eval mode."""
+        if args.teacher_bn == "auto":
+            args.teacher_bn = "batch"
 
     def __init__(self, args):
         super().__init__(args)

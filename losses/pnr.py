@@ -10,7 +10,7 @@ from models.heads import Queue
 class PNR(CaSSLe):
     """L = ssl(z, pseudo-negatives of the teacher) + align(p, f, pseudo-negatives of the student), from the second task on.
 
-    Where the method keeps a queue, the teacher gets one of its size, filled with random rows at the start of each task.
+    Where the method keeps a queue, the teacher gets one of its size: random rows in the second task, then carried on.
     """
 
     @staticmethod
@@ -19,6 +19,13 @@ class PNR(CaSSLe):
         parser.add_argument("--pnr_pseudo_negatives", choices=("both", "main", "reg", "none"), default="both",
                             help="the paper's ablation: teacher features in the main loss only, student features in the "
                             "regularisation only, both, or none")  # fmt: skip
+
+    @staticmethod
+    def resolve(args):
+        """PNR's code puts its teacher in eval mode; on CIFAR the trainer undoes that when the first epoch's validation ends, its
+        ImageNet and DomainNet scripts never validate (docs/METHODS.md)."""
+        if args.teacher_bn == "auto":
+            args.teacher_bn = "eval" if args.dataset in ("imagenet100", "imagenet", "domainnet") else "batch"
 
     def __init__(self, args):
         super().__init__(args)
@@ -32,7 +39,7 @@ class PNR(CaSSLe):
 
     def begin_task(self, task, method):
         super().begin_task(task, method)
-        if task > 0 and hasattr(method, "queue"):
+        if task > 0 and self.queue is None and hasattr(method, "queue"):
             self.queue = Queue(method.queue.rows.shape[1], method.dim)
 
     def teach(self, views):

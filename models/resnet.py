@@ -16,7 +16,8 @@ class ResNet(nn.Module):
     """He et al. (CVPR 2016): images [N, 3, S, S] -> features [N, feature_dim].
 
     At width 64 the state_dict is that of torchvision's resnet of the same name without fc. The "cifar" stem, for images of
-    up to 64 pixels, is a 3x3 convolution of stride 1 and padding 2 without max-pooling, as in the released PNR and CaSSLe code.
+    up to 64 pixels, is a 3x3 convolution of stride 1 and padding 2 without max-pooling, and with torch's own initialisation, as in
+    the released PNR and CaSSLe code.
     """
 
     def __init__(self, block, layers, width=64, stem="imagenet"):
@@ -40,8 +41,8 @@ class ResNet(nn.Module):
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.feature_dim = channels
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d) and (stem, name) != ("cifar", "conv1"):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, run, tiny
+from conftest import TINY, arguments, run, tiny
 
 import main_cssl
 import main_linear
@@ -19,9 +19,10 @@ from utils.run import Run
 FLAGS = """
 --dataset --data_dir --download --probe_data_dir --domain_order --workers --cache --cache_size --cache_dir --skip_corrupt
 --scenario --num_tasks --image_size --min_scale --blur_p --solarize_p --method
---regularizer --backbone --width --stem --init_from --epochs --batch_size --optimizer --lr --weight_decay --warmup_epochs --seed
---device --precision --compile --eval --probe_lr --out_dir --save_every --log_every --moco_hidden --moco_dim --moco_queue_size
---moco_tau --moco_tau_distill --moco_ema --predictor_hidden --teacher_bn --pnr_pseudo_negatives
+--regularizer --backbone --width --stem --init_from --epochs --batch_size --optimizer --lr --weight_decay --lr_schedule
+--warmup_epochs --seed --device --precision --compile --eval --probe_lr --probe_momentum --out_dir --save_every --log_every
+--moco_hidden --moco_dim --moco_queue_size --moco_tau --moco_tau_distill --moco_ema --predictor_hidden
+--teacher_bn --pnr_pseudo_negatives
 """.split()
 
 
@@ -124,7 +125,7 @@ def test_pseudo_negatives_change_the_loss(folder, tmp_path, case):
     losses = []
     for flag in ("both", case):
         out = tmp_path / flag
-        start = f"{TINY} --num_tasks 2 --epochs 1 --init_from {folder / 'task0.pt'} --eval none"
+        start = f"{TINY} --num_tasks 2 --epochs 1 --init_from {folder / 'task0.pt'} --eval none --log_every 1"
         assert run(f"{start} --pnr_pseudo_negatives {flag} --out_dir {out}") == 0
         first = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
         losses.append((first["ssl"], first["align"]))
@@ -157,6 +158,40 @@ def test_compare(folder):
 def test_bf16_trains(tmp_path):
     assert run(f"{TINY} --num_tasks 2 --epochs 1 --precision bf16 --out_dir {tmp_path}") == 0
     assert torch.load(tmp_path / "task1.pt")["backbone"]["conv1.weight"].dtype == torch.float32
+
+
+def test_teacher_bn():
+    """auto is settled when the flags are read, so that config.json holds what is used."""
+    used = {}
+    for regularizer in ("cassle", "pnr"):
+        for dataset in ("cifar100", "imagenet100", "imagenet", "domainnet"):
+            used[regularizer, dataset] = arguments(f"--regularizer {regularizer} --dataset {dataset}").teacher_bn
+    assert {key for key, bn in used.items() if bn == "eval"} == {("pnr", d) for d in ("imagenet100", "imagenet", "domainnet")}
+    assert set(used.values()) == {"eval", "batch"}
+    assert arguments("--regularizer pnr --dataset domainnet --teacher_bn batch").teacher_bn == "batch"
+
+
+def test_collapse_is_told(tmp_path, capsys):
+    """Under an absurd rate: when projections collapse, when features have, at the end, and when the command is repeated."""
+    flags = f"{TINY} --num_tasks 2 --regularizer finetune --lr 1e6 --out_dir {tmp_path}"
+    assert run(flags) == 1
+    told = capsys.readouterr()
+    warnings = [line for line in told.err.splitlines() if line.startswith("warning:")]
+    assert "(feature_std) fell" in warnings[0] and warnings[0].count("task 0") == 1
+    assert "collapsed after task 0:" in warnings[1] and "collapsed after task 0, 1:" in warnings[-1]
+    assert "is complete" not in told.out and "ended in a collapse" in told.out
+    assert run(flags) == 1 and "collapsed after task 0, 1:" in capsys.readouterr().err
+
+
+def test_rows_are_told(tmp_path, capsys):
+    """After each task its row, the mean, and those of a random network."""
+    assert run(f"{TINY} --num_tasks 2 --epochs 1 --out_dir {tmp_path}") == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    lines = capsys.readouterr().out.splitlines()
+    for task, row in enumerate(results["matrix"]):
+        (line,) = [line for line in lines if line.startswith(f"after task {task}: accuracy (%)")]
+        for part, values in zip(line.split(";"), (row, results["random_backbone"])):
+            assert part.endswith(f"{values[0]:.2f} {values[1]:.2f}, mean {sum(values) / 2:.2f}")
 
 
 def test_interval():

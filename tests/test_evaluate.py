@@ -53,12 +53,13 @@ def test_knn_against_a_loop():
     assert evaluate.knn(train, labels, test, 4, k=200).shape == (20,)
 
 
-def test_linear_probe_against_torch():
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_linear_probe_against_torch(momentum):
     """The same softmax regression as a plain loop over the same batches."""
     torch.manual_seed(0)
     x = torch.randn(600, 5)
     y = (x @ torch.randn(5, 3)).argmax(1)
-    got = evaluate.linear_probe(x, y, x, 3, lr=0.5, seed=1, epochs=10)
+    got = evaluate.linear_probe(x, y, x, 3, lr=0.5, momentum=momentum, seed=1, epochs=10)
     w, b = torch.zeros(3, 5, requires_grad=True), torch.zeros(3, requires_grad=True)
     rng, speed = torch.Generator().manual_seed(1), [torch.zeros(3, 5), torch.zeros(3)]
     for epoch in range(10):
@@ -68,7 +69,7 @@ def test_linear_probe_against_torch():
             grads = torch.autograd.grad(F.cross_entropy(x[batch] @ w.T + b, y[batch]), [w, b])
             with torch.no_grad():
                 for p, g, v in zip((w, b), grads, speed):
-                    p -= lr * v.mul_(0.9).add_(g)
+                    p -= lr * v.mul_(momentum).add_(g)
     expected = (x @ w.T + b).argmax(1)
     assert (got == expected).float().mean() > 0.99 and (got == y).float().mean() > 0.9
 

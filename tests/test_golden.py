@@ -1,6 +1,7 @@
 """The losses, LARS and the schedules against numbers that the released code gave (see golden/README.md)."""
 
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import arguments
 
+import main_cssl
 from losses import METHODS, REGULARIZERS
 from losses.base import Outputs
 from losses.falcon import falcon_loss
@@ -16,7 +18,7 @@ from models.twins import ema_tau
 from utils.optim import LARS, warmup_cosine
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
-FILES = sorted(FOLDER.glob("*.npz"))
+FILES = sorted(FOLDER.glob("losses_*.npz"))
 CHECKED = {}  # file -> keys that a test compared or read
 RTOL = 1e-9
 
@@ -141,6 +143,20 @@ def test_schedules(golden):
     torch.testing.assert_close(lrs, golden["warmup_cosine_lr"], rtol=RTOL, atol=0)
     taus = torch.tensor([ema_tau(step / 100, 0.99, 0.999) for step in range(0, 101, 10)], dtype=torch.float64)
     torch.testing.assert_close(taus, golden["tau_every10of100"], rtol=RTOL, atol=0)
+
+
+def test_schedule_of_a_run():
+    """At the papers' lengths the released one, every epoch; in short runs and for FALCON one without jumps, every step."""
+    args = arguments("--epochs 500 --batch_size 256 --moco_queue_size 256 --lr 0.6")
+    assert (args.lr_schedule, args.warmup_epochs) == ("epoch", 10)
+    rates = [main_cssl.learning_rate(args, epoch, step, 39) for epoch in range(500) for step in (0, 38)]
+    assert rates == [warmup_cosine(epoch, 0.6, 500) for epoch in range(500) for _ in range(2)]
+    args = arguments("--epochs 6 --batch_size 256 --moco_queue_size 256 --lr 0.6")
+    rates = [main_cssl.learning_rate(args, epoch, step, 39) for epoch in range(6) for step in range(39)]
+    assert rates[0] == 0.003 and max(rates) == 0.6 and max(abs(a - b) for a, b in pairwise(rates)) < 0.6 / 30
+    args = arguments("--epochs 200 --batch_size 64", "falcon")
+    rates = [main_cssl.learning_rate(args, epoch, step, 39) for epoch in range(200) for step in range(39)]
+    assert args.optimizer == "adam" and (rates[0], rates[389], max(rates)) == (3e-5, 2.5e-4, 2.5e-4) and rates[195] < 1.5e-4
 
 
 def test_coverage(golden):

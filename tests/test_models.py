@@ -109,7 +109,7 @@ def build_moco():
 
 @pytest.mark.parametrize("layout", ["cassle", "solo-learn", "moco", "torchvision"])
 def test_foreign_layouts(layout, tmp_path):
-    """The same network under other projects' names gives the same backbone, projector and twin."""
+    """The same network under other projects' names gives the same backbone, projector, twin, and queue of the same form."""
     source, method = build_moco(), build_moco()
     with torch.no_grad():
         for p in source.parameters():
@@ -120,11 +120,14 @@ def test_foreign_layouts(layout, tmp_path):
     def named(prefix, state):
         return {prefix + k: v for k, v in state.items()}
 
+    rows = source.queue.rows.transpose(1, 2).contiguous()  # 2 x D x K there
+    source.queue.pointer.fill_(7)
     if layout in ("cassle", "solo-learn"):
         part = "encoder" if layout == "cassle" else "backbone"
         state = named(f"{part}.", backbone) | named("projector.", projector)
         state |= named(f"momentum_{part}.", twin_backbone) | named("momentum_projector.", twin_projector)
-        content = {"state_dict": state | {"classifier.weight": torch.ones(10, 32), "queue": torch.ones(2, 16, 64)}, "epoch": 3}
+        state |= {"queue": rows, "queue_ptr": torch.tensor([7])}
+        content = {"state_dict": state | {"classifier.weight": torch.ones(10, 32)}, "epoch": 3}
     elif layout == "moco":
         state = named("module.encoder_q.", backbone) | named("module.encoder_q.fc.", projector)
         state |= named("module.encoder_k.", twin_backbone) | named("module.encoder_k.fc.", twin_projector)
@@ -136,7 +139,19 @@ def test_foreign_layouts(layout, tmp_path):
     assert network["backbone"].keys() == backbone.keys()
     if layout == "torchvision":
         return
-    checkpoint.load_method(method, tmp_path / "foreign.pt", "it", [[0, 1]])
+    note = checkpoint.load_method(method, tmp_path / "foreign.pt", "it", [[0, 1]])
+    assert note.endswith("started anew: queue; left out: queue" if layout == "moco" else "queue, twin; left out: classifier")
     for key, value in source.state_dict().items():
-        if not key.startswith("queue."):
-            assert torch.equal(method.state_dict()[key], value), key
+        assert torch.equal(method.state_dict()[key], value) or (layout == "moco" and key.startswith("queue.")), key
+
+
+def test_foreign_predictor(tmp_path):
+    """BYOL's own predictor is taken from a released checkpoint; a momentum network that it lacks is a copy of the student."""
+    source, method = (METHODS["byol"](build_backbone("resnet10", 4, "cifar"), arguments(method="byol")) for _ in range(2))
+    names = {"backbone": "encoder", "projector": "projector", "predictor": "predictor"}
+    state = {f"{new}.{k}": v for part, new in names.items() for k, v in getattr(source, part).state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "foreign.pt")
+    note = checkpoint.load_method(method, tmp_path / "foreign.pt", "it", [[0, 1]])
+    assert note.endswith("backbone, predictor, projector; started anew: twin (a copy of the student)")
+    for key, value in source.state_dict().items():
+        assert torch.equal(method.state_dict()[key], value), key

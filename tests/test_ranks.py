@@ -117,8 +117,8 @@ def evaluation(process):
     found = {"train": process.gather(known[0]), "test": process.gather(tested[0]), "labels": process.gather(known[1])}
     found["knn"] = process.gather(evaluate.classify(args, process, *known, tested[0], 10))
     found["row"] = main_cssl.accuracies(args, process, known, tested, probe.classes, tasks)
-    probed = evaluate.linear_probe(*known, tested[0], 10, lr=3.0, seed=0, epochs=20, process=process)  # at so high a rate
-    found["linear"] = process.gather(probed)  # rounding in another order would show
+    setting = {"lr": 3.0, "momentum": 0.9, "seed": 0, "epochs": 20}  # at so high a rate rounding in another order would show
+    found["linear"] = process.gather(evaluate.linear_probe(*known, tested[0], 10, **setting, process=process))
     return found
 
 

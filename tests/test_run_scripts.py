@@ -30,9 +30,9 @@ def settings(name, *arguments, **environment):
     return main_cssl.parse_arguments(words[words.index("main_cssl.py") + 1 :])
 
 
-OTHER = {"lr": {"moco": 0.6, "simclr": 0.4, "barlow": 0.4, "byol": 0.6, "vicreg": 0.4, "falcon": 4e-3}}
+OTHER = {"lr": {"moco": 0.6, "simclr": 0.4, "barlow": 0.4, "byol": 0.6, "vicreg": 0.4, "falcon": 1e-3}}
 OTHER["probe_lr"] = {"moco": 3, "simclr": 1, "barlow": 0.1, "byol": 3, "vicreg": 0.3, "falcon": 0.1}
-CIFAR = {**OTHER, "lr": {"moco": 0.6, "simclr": 0.6, "barlow": 0.4, "byol": 1.0, "vicreg": 0.3, "falcon": 4e-3}}
+CIFAR = {**OTHER, "lr": {"moco": 0.6, "simclr": 0.6, "barlow": 0.4, "byol": 1.0, "vicreg": 0.3, "falcon": 1e-3}}
 LAMBDA_NEG = {  # of barlow, byol, vicreg
     ("run_cifar100.sh", "class"): (1, 0.5, 23),
     ("run_imagenet100.sh", "class"): (1, 1, 23),

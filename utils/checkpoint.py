@@ -13,6 +13,7 @@ import torch
 from utils import RunError
 
 # foreign names and ours, by a prefix that marks the layout; longer prefixes come before the shorter ones that they contain
+HEADS = {"predictor.": "predictor.", "queue_ptr": "queue.pointer", "queue": "queue.rows"}
 LAYOUTS = {
     "encoder_q.": {
         "encoder_q.fc.": "projector.",
@@ -25,12 +26,14 @@ LAYOUTS = {
         "projector.": "projector.",
         "momentum_encoder.": "twin.backbone.",
         "momentum_projector.": "twin.projector.",
+        **HEADS,
     },
     "backbone.": {
         "backbone.": "backbone.",
         "projector.": "projector.",
         "momentum_backbone.": "twin.backbone.",
         "momentum_projector.": "twin.projector.",
+        **HEADS,
     },
     "": {"": "backbone."},
 }
@@ -122,26 +125,31 @@ def read_network(path):
     """A backbone, and the heads that came with it, from any of these layouts: taskN.pt; solo-learn's, CaSSLe's and PNR's
     ("state_dict" with encoder.*, projector.*, momentum_*); MoCo's (module.encoder_q.*); a bare torchvision state_dict.
 
-    Returns a dict: "backbone" and "heads" (state_dicts, in this project's names), and "config" (the arguments of the run
-    that wrote it, or None).
+    Returns a dict: "backbone" and "heads" (state_dicts, in this project's names), "config" (the arguments of the run that wrote
+    it, or None), and "left_out" (what has no place here: the first part of its names).
     """
     content = load(path)
     if isinstance(content, dict) and all(isinstance(content.get(k), dict) for k in ("backbone", "heads")):
         config = content.get("config")
-        return {**content, "config": config if isinstance(config, dict) else None}
+        return {**content, "config": config if isinstance(config, dict) else None, "left_out": set()}
     if isinstance(content, dict):
         content = next((content[k] for k in ("state_dict", "model") if isinstance(content.get(k), dict)), content)
     if not isinstance(content, dict) or not any(torch.is_tensor(v) for v in content.values()):
         raise RunError(f"{path} holds no network: expected a state_dict of tensors")
     tensors = {str(k).removeprefix("module."): v for k, v in content.items() if torch.is_tensor(v)}
     renames = next(table for mark, table in LAYOUTS.items() if any(k.startswith(mark) for k in tensors))
-    heads = {}
+    heads, left_out = {}, set()
     for key, value in tensors.items():
         prefix = next((p for p in renames if key.startswith(p)), None)
         if prefix is not None and not key.startswith((f"{prefix}fc.", "fc.")):
             heads[renames[prefix] + key.removeprefix(prefix)] = value
+        else:
+            left_out.add(key.split(".")[0])
+    if "queue.rows" in heads:  # [2, D, K] there
+        heads["queue.rows"] = heads["queue.rows"].transpose(1, 2).contiguous()
+        heads["queue.pointer"] = heads.get("queue.pointer", torch.zeros(1, dtype=torch.long)).reshape(())
     backbone = {k.removeprefix("backbone."): heads.pop(k) for k in list(heads) if k.startswith("backbone.")}
-    return {"backbone": backbone, "heads": heads, "config": None}
+    return {"backbone": backbone, "heads": heads, "config": None, "left_out": left_out}
 
 
 def load_strictly(module, state, path, what):
@@ -160,21 +168,26 @@ def load_strictly(module, state, path, what):
 
 
 def load_method(method, path, what, tasks):
-    """Puts the network of a first task into a method: all of it from a task0.pt, backbone and projector (and twin) from other
-    layouts. tasks: the names of this run's tasks; raises RunError if a task0.pt is of others, or is no task0.pt.
+    """Puts the network of a first task into a method: all of it from a task0.pt, from other layouts what the method has a place
+    for. tasks: the names of this run's tasks; raises RunError if a task0.pt is of others, or is no task0.pt.
 
-    Where a checkpoint has no EMA twin, the twin starts as a copy of the student; a queue it does not have stays random.
+    Where a checkpoint has no EMA twin, the twin starts as a copy of the student; a predictor or queue it does not have stays
+    random. Returns a line that says so.
     """
     network = read_network(path)
     state = {f"backbone.{k}": v for k, v in network["backbone"].items()} | network["heads"]
+    fresh, left_out = set(), network["left_out"]
     if network["config"] is None:
-        own = method.state_dict()
+        own, needed = method.state_dict(), ("backbone.", "projector.")
+        left_out |= {key.split(".")[0] for key in state if key not in own and not key.startswith(needed)}
+        state = {k: v for k, v in state.items() if k in own or k.startswith(needed)}
         for key in own:
-            if key.startswith("twin."):
-                state.setdefault(key, state.get(key.removeprefix("twin."), own[key]))
-            elif not key.startswith(("backbone.", "projector.")):
-                state.setdefault(key, own[key])
-        state = {k: v for k, v in state.items() if k in own or k.startswith(("backbone.", "projector."))}
+            if key not in state and not key.startswith(needed):
+                state[key] = state.get(key.removeprefix("twin."), own[key])
+                fresh.add("twin (a copy of the student)" if key.startswith("twin.") else key.split(".")[0])
     load_strictly(method, state, path, what)
     if network.get("task", 0) != 0 or network.get("tasks", tasks)[:1] != tasks[:1]:
         raise RunError(f"{path} is not a network of this run's first task: it was trained on other data")
+    parts = sorted({key.split(".")[0] for key in state} - {name.split()[0] for name in fresh})
+    notes = [f"{words}: {', '.join(sorted(names))}" for words, names in (("started anew", fresh), ("left out", left_out)) if names]
+    return "; ".join([f"first task from {path}: {', '.join(parts)}", *notes])

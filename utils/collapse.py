@@ -16,6 +16,11 @@ def spread(z):
     return float(F.normalize(z, dim=1).std(dim=0).mean() * z.shape[1] ** 0.5)
 
 
+def collapsed(report):
+    """Whether `health` reports a total collapse: all features equal, or all on one line."""
+    return not (report["feature_std"] > 0.01 and report["effective_rank"] > 1.5)
+
+
 def singular_values(x):
     """Of the centred features, largest first: float64 [D]. x: [N, D]."""
     x = (x - x.mean(dim=0)).double()

@@ -29,11 +29,11 @@ def extract(backbone, batches, autocast_dtype=None):
     return torch.cat(features) if features else next(backbone.parameters()).new_zeros(0, backbone.feature_dim)
 
 
-def linear_probe(train_x, train_y, test_x, num_classes, lr, seed, epochs=PROBE_EPOCHS, process=ALONE):
+def linear_probe(train_x, train_y, test_x, num_classes, lr, momentum, seed, epochs=PROBE_EPOCHS, process=ALONE):
     """Predictions int64 [M] of one linear classifier over all classes, trained on train_x [N, F], train_y [N].
 
-    Softmax regression from zero weights, SGD with momentum 0.9 and without weight decay, lr x 0.1 at 60 % and 80 % of the
-    epochs, in float64, on the device of the features. Each rank gives its own share of the training and of the test features, whose
+    Softmax regression from zero weights, SGD with momentum and without weight decay, lr x 0.1 at 60 % and 80 % of the epochs,
+    in float64, on the device of the features. Each rank gives its own share of the training and of the test features, whose
     predictions it gets; a batch is drawn from all shares, and its gradient summed over ranks. Raises RunError if the probe
     diverges.
     """
@@ -42,7 +42,7 @@ def linear_probe(train_x, train_y, test_x, num_classes, lr, seed, epochs=PROBE_E
     # at the papers' rates training amplifies rounding to a point of accuracy; in float64 the sums' order does not show
     probe = nn.Linear(train_x.shape[1], num_classes, device=train_x.device, dtype=torch.float64)
     nn.init.zeros_(probe.weight), nn.init.zeros_(probe.bias)
-    optimizer = torch.optim.SGD(probe.parameters(), lr=lr, momentum=0.9, fused=True)
+    optimizer = torch.optim.SGD(probe.parameters(), lr=lr, momentum=momentum, fused=True)
     milestones = [epochs * drop // PROBE_EPOCHS for drop in PROBE_DROPS]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
     rng = torch.Generator().manual_seed(seed)
@@ -60,7 +60,7 @@ def linear_probe(train_x, train_y, test_x, num_classes, lr, seed, epochs=PROBE_E
     with torch.no_grad():
         logits = probe(test_x.double())
     if not logits.isfinite().all():
-        raise RunError(f"the linear probe diverged at --probe_lr {lr}: lower it")
+        raise RunError(f"the linear probe diverged at --probe_lr {lr:g} with --probe_momentum {momentum:g}: lower them")
     return logits.argmax(dim=1)
 
 
@@ -81,20 +81,21 @@ def knn(train_x, train_y, test_x, num_classes, k=KNN_K, temperature=KNN_TEMPERAT
     return torch.cat(predictions)
 
 
-def protocol_name(protocol, probe_lr):
+def protocol_name(args):
     """The words that stand beside every number."""
-    if protocol == "linear":
+    if args.eval == "linear":
         return (
-            f"offline linear probe: SGD in float64, momentum 0.9, lr {probe_lr:g}, {PROBE_EPOCHS} epochs, batch {PROBE_BATCH}, "
-            "lr x 0.1 at epochs 60 and 80; one classifier over all classes, frozen features, no augmentation"
+            f"offline linear probe: SGD in float64, lr {args.probe_lr:g}, momentum {args.probe_momentum:g}, {PROBE_EPOCHS} epochs, "
+            f"batch {PROBE_BATCH}, lr x 0.1 at epochs 60 and 80; one classifier over all classes, frozen features, no augmentation"
         )
     return f"k-NN: cosine, k {KNN_K} or all if fewer, temperature {KNN_TEMPERATURE}; all classes, frozen features"
 
 
 def classify(args, process, train_x, train_y, test_x, num_classes):
-    """Predictions int64 [M] for test_x from train_x, train_y, by the protocol args.eval with args.probe_lr and args.seed."""
+    """Predictions int64 [M] for test_x from train_x, train_y, by the protocol that args.eval names, as args say."""
     if args.eval == "linear":
-        return linear_probe(train_x, train_y, test_x, num_classes, args.probe_lr, args.seed, process=process)
+        sgd = args.probe_lr, args.probe_momentum
+        return linear_probe(train_x, train_y, test_x, num_classes, *sgd, args.seed, process=process)
     return knn(train_x, train_y, test_x, num_classes, process=process)
 
 
@@ -157,6 +158,13 @@ def format_matrix(matrix):
     header = "after task | " + " ".join(f"task {k:<2d}" for k in range(len(matrix[0])))
     lines = [f"{t:>10d} | " + " ".join(f"{a:7.2f}" for a in row) for t, row in enumerate(matrix)]
     return "\n".join([header, "-" * len(header), *lines])
+
+
+def format_row(task, row, random_row):
+    """The accuracies after a task, and those of a random backbone, in a line."""
+    cells = [f"{name} {' '.join(f'{a:.2f}' for a in r)}, mean {sum(r) / len(r):.2f}" for name, r in
+             ((f"after task {task}: accuracy (%)", row), ("random network", random_row)) if r]  # fmt: skip
+    return "; ".join(cells)
 
 
 def format_summary(block):

@@ -121,6 +121,11 @@ class Progress:
             print(f"{self.title} epoch {epoch}/{self.epochs} step {self.done}/{self.total} loss {loss:.4f} lr {lr:.4f} "
                   f"{speed}, {eta} left", flush=True)  # fmt: skip
 
+    def warn(self, message):
+        """A line on stderr that leaves the bar whole."""
+        if self.shown:
+            tqdm.write(f"warning: {message}", file=sys.stderr)
+
     def line_is_due(self):
         return self.done == self.total or time.monotonic() - self.printed > PLAIN_SECONDS
 

@@ -40,9 +40,10 @@ class LARS(torch.optim.SGD):
         torch._foreach_add_(grads, torch._foreach_mul(params, list(decay.unbind())))
 
 
-def warmup_cosine(epoch, base_lr, epochs, warmup=10, start_lr=0.003, min_lr=0.0):
-    """The learning rate of an epoch: linear from start_lr to base_lr in `warmup` epochs, then cosine to min_lr at `epochs`."""
+def warmup_cosine(t, base_lr, total, warmup=10, start_lr=0.003, min_lr=0.0):
+    """The learning rate at t, counted in epochs or in steps as `total` and `warmup` are: linear from start_lr (t = 0) to base_lr
+    (t = warmup - 1), then cosine to min_lr at `total`."""
     start_lr = min(start_lr, base_lr)
-    if epoch < warmup:
-        return start_lr + epoch * (base_lr - start_lr) / max(warmup - 1, 1)
-    return min_lr + (base_lr - min_lr) * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup))) / 2
+    if t < warmup:
+        return start_lr + t * (base_lr - start_lr) / max(warmup - 1, 1)
+    return min_lr + (base_lr - min_lr) * (1 + math.cos(math.pi * (t - warmup) / (total - warmup))) / 2

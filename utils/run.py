@@ -21,7 +21,7 @@ from utils.log import Log
 
 # arguments that may differ when a run is resumed: they change where and how fast it runs, not what it computes
 FREE = {"out_dir", "data_dir", "download", "cache_dir", "device", "compile", "save_every", "log_every", "workers", "skip_corrupt"}
-PROTOCOL = {"eval", "probe_lr", "probe_data_dir"}  # may change until a task is finished
+PROTOCOL = {"eval", "probe_lr", "probe_momentum", "probe_data_dir"}  # may change until a task is finished
 SPLIT, LOCK = "split.pt", ".lock"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -106,11 +106,13 @@ class Run:
     """A run folder and all that must survive an interruption.
 
     Its counters say where the run is: task, epoch, step (of the epoch), global_step; finished tasks, the accuracy matrix so
-    far, and the row of a random backbone. process: only rank 0 writes. data: what identifies images and tasks; indices: of
-    the images of each task, kept in split.pt. Both are compared at resume.
+    far, and the row of a random backbone; feature_std when the task began; the tasks after which features had collapsed.
+    process: only rank 0 writes. data: what identifies images and tasks; indices: of the images of each task, kept in split.pt.
+    Both are compared at resume.
     """
 
-    COUNTERS = {"task": 0, "epoch": 0, "step": 0, "global_step": 0, "finished": 0, "matrix": [], "random_row": None}
+    COUNTERS = {"task": 0, "epoch": 0, "step": 0, "global_step": 0, "finished": 0, "matrix": [], "random_row": None,
+                "start_std": 0.0, "collapsed": []}  # fmt: skip
 
     def __init__(self, arguments, data, indices, process):
         self.folder, self.main = Path(arguments["out_dir"]), process.main
@@ -118,7 +120,7 @@ class Run:
         self.lock = process.first(lambda: open_folder(self.folder, self.arguments) if self.main else None)
         self.saved = checkpoint.load_last(self.folder, warn=self.main)
         self.resumed = self.saved is not None
-        vars(self).update(self.saved["counters"] if self.resumed else {**self.COUNTERS, "matrix": []})
+        vars(self).update(self.saved["counters"] if self.resumed else {**self.COUNTERS, "matrix": [], "collapsed": []})
         if self.resumed:
             self.check_experiment(self.saved["arguments"])
         flags = {f"--{name}": value for name, value in self.arguments.items() if name not in FREE}
