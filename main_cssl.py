@@ -13,6 +13,7 @@ import copy
 import errno
 import sys
 import warnings
+from itertools import repeat
 
 import torch
 from torch.amp import GradScaler
@@ -22,12 +23,13 @@ from data import DataError
 from data.augment import ViewConfig
 from data.datasets import add_data_arguments, load_dataset
 from data.files import bar
-from data.loader import EVALUATION_BATCH, Loader, evaluation_share, generator, plain_batches
+from data.loader import EVALUATION_BATCH, LABELLED, Loader, evaluation_share, generator, plain_batches
 from data.scenarios import DEFAULT_TASKS, SCENARIOS, plan
 from data.stream import TIMEOUT, Crops, Stream, StreamLoader, close_all, plain_stream
 from losses import METHODS, REGULARIZERS
 from losses.base import Learner, MethodError
 from models import BACKBONES, STEMS, build_backbone
+from models.online import OnlineProbe
 from utils import RunError, checkpoint, distributed, evaluate
 from utils.arguments import Parser
 from utils.collapse import collapsed, health, plot_spectrum, spread
@@ -92,6 +94,11 @@ def parse_arguments(argv=None):
     add("--eval", choices=("linear", "knn", "none"), default="linear", help="after every task; knn is quick, linear is the papers'")
     add("--probe_lr", type="positive", help="of the linear probe (default: the method's); lower it if the probe diverges")
     add("--probe_momentum", type="fraction", default=0.0, help="of the linear probe: 0 as in PNR's release, 0.9 as in CaSSLe's")
+    add("--online_probe", choices=("off", "clean", "released"), default="off", help="a linear classifier over all classes that "
+        "learns beside the network, as in the papers' CIFAR tables. clean: changes nothing of the training; released: as in the "
+        "papers' code, its images pass through the backbone (and that of the momentum network, where there is one) in training "
+        "mode, so that running statistics see all classes, later ones too")  # fmt: skip
+    add("--online_lr", type="positive", help="of the online probe, whatever the batch size (default: the method's)")
     add("--out_dir", help="the run's folder (default: runs/<dataset>-<scenario><tasks>-<method>-<regularizer>-seed<seed>)")
     add("--save_every", type="interval", default="10m", help="steps (500) or time (90s, 10m, 1h) between checkpoints; also at each "
         "epoch's end, unless saving would take over a tenth of the time")  # fmt: skip
@@ -104,7 +111,7 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     method = METHODS[args.method]
     REGULARIZERS[args.regularizer].resolve(args)
-    for name in ("optimizer", "lr", "weight_decay", "probe_lr"):
+    for name in ("optimizer", "lr", "weight_decay", "probe_lr", "online_lr"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(method, name))
     short = args.epochs < SHORT
@@ -122,12 +129,13 @@ def main(args):
     process, stop = distributed.start(args.device), StopRequest()
     train, probe, test, tasks = build_data(args, process)
     loaders = build_loaders(args, process, train, tasks)
-    learner = build_learner(args, process)
+    labelled_loaders = build_labelled_loaders(args, process, probe, loaders)
+    learner = build_learner(args, process, probe)
     method, device = learner.method, process.device
     names = f"--method {args.method} --backbone {args.backbone} --width {args.width} --stem {args.stem}"
     if args.init_from and not checkpoint.exists(args.out_dir):
-        initial = copy.deepcopy(method)
-        note = checkpoint.load_method(initial, args.init_from, names, tasks.names)
+        initial = copy.deepcopy(learner)
+        note = checkpoint.load_method(initial.method, args.init_from, names, tasks.names, initial.online)
     run = Run(vars(args), {"tasks": tasks.names, "digest": train.digest}, tasks.train, process)
     clock = Clock()
     if process.main:
@@ -153,7 +161,7 @@ def main(args):
             args, process, *frozen_features(args, process, method.backbone, probe, test), probe.classes, tasks
         )
     if args.init_from and not run.resumed:
-        method.load_state_dict(initial.state_dict())
+        learner.load_state_dict(initial.state_dict())
 
     for task in range(run.task, args.num_tasks):
         loader, epochs = loaders[task], 0 if task == 0 and args.init_from else args.epochs
@@ -169,9 +177,13 @@ def main(args):
 
         with stop.deferred():
             for epoch in range(run.epoch, epochs):
-                for view1, view2 in clock.watch(loader.epoch(epoch, run.step), args.batch_size):
-                    lr = set_lr(optimizer, learning_rate(args, epoch, run.step, loader.steps))
-                    loss, terms, out, old = model(view1, view2)
+                labelled = (
+                    repeat(None) if learner.online is None else labelled_loaders[task].labelled(probe.labels, epoch, run.step)
+                )
+                batches = zip(loader.epoch(epoch, run.step), labelled)
+                for (view1, view2), labelled_batch in clock.watch(batches, args.batch_size):
+                    lr = set_lr(optimizer, args, epoch, run.step, loader.steps)
+                    loss, terms, out, old = model(view1, view2, labelled_batch)
                     scaler.scale(loss).backward()
                     scaler.unscale_(optimizer)  # LARS weighs the true gradient against the weight
                     scaler.step(optimizer)
@@ -179,7 +191,7 @@ def main(args):
                     optimizer.zero_grad(set_to_none=True)
                     learner.after_step(out, old, progress.share)
 
-                    meter.add(loss, terms, run.global_step)
+                    meter.add(terms, run.global_step)
                     progress.step()
                     run.step, run.global_step = run.step + 1, run.global_step + 1
                     if epoch == 0 and run.step == 1:
@@ -201,17 +213,10 @@ def main(args):
                     stop.leave(leave)
         progress.close()
         if run.finished == task:  # otherwise the run was interrupted after this evaluation
-            save_network(run, method)
-            if args.eval != "none":
-                known, tested = frozen_features(args, process, method.backbone, probe, test)
-                run.matrix.append(accuracies(args, process, known, tested, probe.classes, tasks))
-                features = process.gather(tested[0])
-                monitors, spectrum = health(features, method.codes(features))
-                publish(args, run, monitors, spectrum)
-                if process.main:
-                    print(evaluate.format_row(task, run.matrix[-1], run.random_row), flush=True)
-                if collapsed(monitors):
-                    run.collapsed.append(task)
+            save_network(run, learner)
+            if args.eval != "none" or args.online_probe != "off":
+                evaluate_task(args, process, run, learner, probe, test, tasks)
+                if run.collapsed[-1:] == [task]:
                     progress.warn(COLLAPSED.format(f"task {task}"))
             run.finished += 1
             run.save(**parts)
@@ -256,33 +261,57 @@ def build_loaders(args, process, train, tasks):
     return [kind(images, part, *shared, task, process.rank, process.world) for task, part in enumerate(tasks.train)]
 
 
-def build_learner(args, process):
-    """Backbone, method and regulariser as the flags say, with weights from the seed, channels_last on the device."""
+def build_labelled_loaders(args, process, probe, loaders):
+    """For the online probe: beside each task's Loader one that serves all labelled images, under view 2's augmentation."""
+    if args.online_probe == "off":
+        return []
+    if probe is None:
+        raise DataError(f"--online_probe {args.online_probe}: {args.data_dir} has no labels in train/ and test/: pass "
+                        "--probe_data_dir DIR with both, or --online_probe off")  # fmt: skip
+    view = ViewConfig(args.image_size, args.min_scale, args.blur_p[1], args.solarize_p[1])
+    kind, images = Loader, probe.images
+    if probe.streams:
+        crops = Crops(images, args.image_size, [view.min_scale])
+        kind, images = StreamLoader, Stream(crops, args.workers, process.device, args.skip_corrupt)
+    known = (probe.labels >= 0).nonzero()[:, 0].cpu()
+    shared = (known, args.batch_size, [view], probe.mean, probe.std, args.seed)
+    ranks = (process.rank, process.world)
+    return [kind(images, *shared, LABELLED + task, *ranks, loader.steps) for task, loader in enumerate(loaders)]
+
+
+def build_learner(args, process, probe=None):
+    """Backbone, method, regulariser and online probe as the flags say, with weights from the seed, channels_last on the device.
+    probe: the ImageSet that classifiers are trained on."""
     torch.manual_seed(args.seed)
     method = METHODS[args.method](build_backbone(args.backbone, args.width, args.stem), args)
-    learner = Learner(method, REGULARIZERS[args.regularizer](args), PRECISIONS[args.precision])
+    regularizer, online = REGULARIZERS[args.regularizer](args), None
+    if args.online_probe != "off":
+        online = OnlineProbe(method.backbone.feature_dim, len(probe.classes), args.online_probe)
+    learner = Learner(method, regularizer, online, PRECISIONS[args.precision])
     return learner.to(process.device, memory_format=torch.channels_last)
 
 
 def build_optimizer(args, learner):
-    trained = [p for p in learner.parameters() if p.requires_grad]
+    probe = [] if learner.online is None else list(learner.online.parameters())
+    groups = [{"params": [p for p in learner.parameters() if p.requires_grad and all(p is not own for own in probe)]}]
+    if probe:
+        groups.append({"params": probe, "lr": args.online_lr, "weight_decay": 0.0})
     options = {"lr": args.lr * args.batch_size / 256, "weight_decay": args.weight_decay, "fused": True}
     if args.optimizer == "lars":
         options["exclude_bias_n_norm"] = learner.method.exclude_bias_n_norm
-    return OPTIMIZERS[args.optimizer](trained, **options)
-
-
-def learning_rate(args, epoch, step, steps):
-    """Of a step of an epoch of `steps`, by --lr_schedule."""
-    t, unit = (epoch, 1) if args.lr_schedule == "epoch" else (epoch * steps + step, steps)
-    base_lr, start_lr = args.lr * args.batch_size / 256, METHODS[args.method].warmup_start_lr
-    return warmup_cosine(t, base_lr, args.epochs * unit, args.warmup_epochs * unit, start_lr)
-
-
-def set_lr(optimizer, lr):
+    optimizer = OPTIMIZERS[args.optimizer](groups, **options)
     for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
+        group["base_lr"] = group["lr"]
+    return optimizer
+
+
+def set_lr(optimizer, args, epoch, step, steps):
+    """For a step of an epoch of `steps`, by --lr_schedule. Returns the network's rate."""
+    t, unit = (epoch, 1) if args.lr_schedule == "epoch" else (epoch * steps + step, steps)
+    for group in optimizer.param_groups:
+        span = args.epochs * unit, args.warmup_epochs * unit
+        group["lr"] = warmup_cosine(t, group["base_lr"], *span, METHODS[args.method].warmup_start_lr)
+    return optimizer.param_groups[0]["lr"]
 
 
 def wrap(learner, process, compiled):
@@ -329,22 +358,47 @@ def accuracies(args, process, probe, test, classes, tasks):
     return evaluate.accuracy_row(process.gather(predictions), test_y, tasks.test)
 
 
-def save_network(run, method):
-    """taskN.pt: the backbone under torchvision's names, and the rest of the method as heads."""
-    state = method.state_dict()
+def evaluate_task(args, process, run, learner, probe, test, tasks):
+    """Adds the rows of the task to the matrices of the run, and publishes these and the collapse monitors of the test features."""
+    sets = (probe, test) if args.eval != "none" else (test,)
+    *known, tested = frozen_features(args, process, learner.method.backbone, *sets)
+    if known:
+        run.matrix.append(accuracies(args, process, *known, tested, probe.classes, tasks))
+    if learner.online is not None:
+        predictions = process.gather(learner.online.predict(tested[0]))
+        run.online_matrix.append(evaluate.accuracy_row(predictions, process.gather(tested[1]), tasks.test))
+    features = process.gather(tested[0])
+    monitors, spectrum = health(features, learner.method.codes(features))
+    if collapsed(monitors):
+        run.collapsed.append(run.task)
+    run.log.figure("collapse/spectrum", plot_spectrum(spectrum), run.global_step)
+    for name, block in blocks(args, run).items():
+        run.publish(name, block, monitors, f"{args.method} + {args.regularizer}")
+        if process.main:
+            print(evaluate.format_row(run.task, block), flush=True)
+
+
+def blocks(args, run):
+    """What results.json says of the protocols that are evaluated while training, by name; "" is that of --eval."""
+    found = {}
+    if run.matrix:
+        found[""] = evaluate.summary(run.matrix, args.num_tasks, evaluate.protocol_name(args), run.random_row)
+    if run.online_matrix:
+        protocol = f"online linear probe ({args.online_probe}): {evaluate.ONLINE[args.online_probe]}; lr {args.online_lr:g}"
+        found[f"online_linear_{args.online_probe}"] = evaluate.summary(run.online_matrix, args.num_tasks, protocol)
+    return found
+
+
+def save_network(run, learner):
+    """taskN.pt: the backbone under torchvision's names, the rest of the method as heads, and the online probe's classifier."""
+    state = learner.method.state_dict()
     backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
     heads = {k: v for k, v in state.items() if not k.startswith("backbone.")}
     if run.main:
         network = {"backbone": backbone, "heads": heads, "config": run.arguments, "task": run.task, "tasks": run.data["tasks"]}
+        if learner.online is not None:
+            network["online"] = learner.online.state_dict()
         checkpoint.save(run.folder / f"task{run.task}.pt", network)
-
-
-def publish(args, run, monitors, spectrum):
-    """The matrix so far, and the collapse monitors of the test features, in the logs and in the run folder."""
-    protocol = evaluate.protocol_name(args)
-    block = evaluate.summary(run.matrix, args.num_tasks, protocol, run.random_row)
-    run.publish(block, monitors, f"{args.method} + {args.regularizer}")
-    run.log.figure("collapse/spectrum", plot_spectrum(spectrum), run.global_step)
 
 
 def print_settings(args, process, train, tasks, loaders, learner, run):
@@ -365,14 +419,18 @@ def print_settings(args, process, train, tasks, loaders, learner, run):
     if tasks.test is None:
         print(f"no evaluation: {args.data_dir} has no labels in train/ and test/; --probe_data_dir names labelled images, now or "
               "later with main_linear.py")  # fmt: skip
+    if args.online_probe != "off":
+        where = {"clean": "the backbone in eval mode", "released": "the backbone in training mode"}[args.online_probe]
+        if args.online_probe == "released":
+            where += ", and the momentum network's" if learner.method.ema else f" ({args.method} has no momentum network)"
+        print(f"online probe, lr {args.online_lr:g}: labelled images of all tasks pass through {where}", flush=True)
     if train.domain_names:
         print(f"domains: {', '.join(train.domain_names)}", flush=True)
 
 
 def print_results(run, args, skipped):
-    if run.matrix:
-        print(f"\naccuracy (%), {evaluate.protocol_name(args)}\n{evaluate.format_matrix(run.matrix)}")
-        print(evaluate.format_summary(evaluate.summary(run.matrix, args.num_tasks, "", run.random_row)))
+    for block in blocks(args, run).values():
+        print(f"\naccuracy (%), {block['protocol']}\n{evaluate.format_matrix(block['matrix'])}\n{evaluate.format_summary(block)}")
     if skipped:
         print(f"{len(skipped)} training images could not be read and were skipped: python -m data.check lists such files")
     if run.collapsed:

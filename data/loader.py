@@ -1,5 +1,7 @@
 """Batches of uint8 images on the device, in an order that is a function of (seed, task, epoch) and nothing else."""
 
+from itertools import repeat
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 from data import DataError, augment
 
 EVALUATION_BATCH = 512  # images at a time
+LABELLED = 2**32  # added to a task's number: another stream of random numbers
 
 
 def generator(*key):
@@ -27,34 +30,39 @@ class Loader:
 
     images: uint8 [N, 3, H, W] of the whole data set, on the device (in StreamLoader, a Stream); indices: int64 [n], the task's
     samples; batch_size: of all ranks together, of which this one gets the share rank / world. The last incomplete batch of an
-    epoch is dropped.
+    epoch is dropped. steps: per epoch, if not as many as the samples give; the samples then come again, or do not all come.
     Raises DataError if the task is smaller than a batch.
     """
 
-    def __init__(self, images, indices, batch_size, views, mean, std, seed, task, rank=0, world=1):
+    def __init__(self, images, indices, batch_size, views, mean, std, seed, task, rank=0, world=1, steps=None):
         if len(indices) < batch_size:
-            raise DataError(
-                f"task {task} has {len(indices)} training images, fewer than --batch_size {batch_size}: lower the batch size"
-            )
+            whose = f"task {task} has {len(indices)} training" if task < LABELLED else f"--online_probe has {len(indices)} labelled"
+            raise DataError(f"{whose} images, fewer than --batch_size {batch_size}: lower the batch size")
         self.images, self.indices, self.views, self.mean, self.std = images, indices, views, mean, std
         self.batch_size, self.seed, self.task = batch_size, seed, task
         share = batch_size // world
         self.share = slice(rank * share, (rank + 1) * share)
-        self.steps = len(indices) // batch_size  # per epoch
+        self.steps = steps or len(indices) // batch_size  # per epoch
 
     skipped = ()  # indices of images that could not be read
 
     def batches(self, epoch, first_step=0):
         """The indices int64 [N/world] of this rank for each step of an epoch, from first_step on."""
         order = self.indices[torch.randperm(len(self.indices), generator=generator(self.seed, self.task, epoch))]
+        batches = order[: len(order) // self.batch_size * self.batch_size].view(-1, self.batch_size)
         for step in range(first_step, self.steps):
-            yield order[step * self.batch_size : (step + 1) * self.batch_size][self.share]
+            yield batches[step % len(batches)][self.share]
 
     def epoch(self, epoch, first_step=0):
         """Yields (view 1, view 2), float [N/world, 3, S, S], for the steps of an epoch from first_step on."""
         for step, batch in enumerate(self.batches(epoch, first_step), first_step):
             images = self.images[batch.to(self.images.device, non_blocking=True)]
-            yield self.augment([images, images], epoch, step, images.shape[-2:])
+            yield self.augment(repeat(images), epoch, step, images.shape[-2:])
+
+    def labelled(self, labels, epoch, first_step=0):
+        """Yields (images [N/world, 3, S, S] in the first view, int64 [N/world] of the labels, which are on the device)."""
+        for (view, *_), batch in zip(self.epoch(epoch, first_step), self.batches(epoch, first_step)):
+            yield view, labels[batch.to(labels.device, non_blocking=True)]
 
     def augment(self, images, epoch, step, size=(None, None)):
         """images: for each view, uint8 [N/world, 3, H, W], or crops, where size is (None, None).

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import nn
 
-from models.parallel import gather, sync_batch_norms, world_size
+from models.parallel import full_precision, gather, sync_batch_norms, world_size
 from models.twins import ema_tau, ema_update, frozen_copy
 
 
@@ -32,10 +32,6 @@ class MethodError(ValueError):
     """Arguments of a method or regulariser that do not fit; the message says which and what to do."""
 
 
-def full_precision(x):
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
 class Method(nn.Module):
     """An SSL method: a backbone, its heads and its losses.
 
@@ -44,6 +40,7 @@ class Method(nn.Module):
     """
 
     lr, weight_decay, probe_lr = 0.6, 1e-4, 1.0  # the defaults of --lr, --weight_decay and --probe_lr
+    online_lr = 0.1  # the default of --online_lr
     optimizer = "lars"  # the default of --optimizer
     lr_schedule, warmup_start_lr = "epoch", 0.003  # the default of --lr_schedule, and where the warm-up begins
     exclude_bias_n_norm = True  # 1-D parameters skip LARS and weight decay
@@ -158,12 +155,12 @@ class Regularizer(nn.Module):
 
 
 class Learner(nn.Module):
-    """Method and regulariser together: the module that DDP wraps and that last.pt holds."""
+    """Method, regulariser and online probe (or None) together: the module that DDP wraps and that last.pt holds."""
 
-    def __init__(self, method, regularizer, autocast_dtype=None):
+    def __init__(self, method, regularizer, online=None, autocast_dtype=None):
         super().__init__()
         regularizer.check(method)
-        self.method, self.regularizer, self.autocast_dtype = method, regularizer, autocast_dtype
+        self.method, self.regularizer, self.online, self.autocast_dtype = method, regularizer, online, autocast_dtype
 
     def begin_task(self, task, device):
         """Fits the module to the task; the random parts come from torch's seed."""
@@ -173,17 +170,21 @@ class Learner(nn.Module):
             sync_batch_norms(self, device)
         self.train()
 
-    def forward(self, view1, view2):
-        """Two views of a batch -> (loss, its terms by name, the student's Outputs, the teacher's Outputs or None)."""
+    def forward(self, view1, view2, labelled=None):
+        """Two views of a batch, and for the online probe labelled images and their labels -> (what backward is called on; by name
+        the loss, its terms and what the probe measures; the student's Outputs; the teacher's Outputs or None)."""
         views, device = [view1, view2], view1.device.type
         with torch.autocast(device, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             out = self.method(views)
             old = self.regularizer.teach(views)
             pred = self.regularizer.predict(self.method, out)
+            features = None if labelled is None else self.online.features(self.method, labelled[0])
         out, old, pred = (None if o is None else o.of_all_ranks() for o in (out, old, pred))
         with torch.autocast(device, enabled=False):
             terms = self.regularizer.losses(self.method, out, pred, old)
-            return sum(terms.values()), terms, out, old
+            loss = sum(terms.values())
+            probed = {} if labelled is None else self.online(features, labelled[1])
+            return loss + probed.get("online_loss", 0), {"loss": loss, **terms, **probed}, out, old
 
     def after_step(self, out, old, progress):
         """After the optimiser's step: the EMA twin moves, this batch enters the queues."""

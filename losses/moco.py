@@ -12,6 +12,7 @@ class MoCo(Method):
 
     lr, weight_decay, probe_lr = 0.6, 1e-4, 3.0
     exclude_bias_n_norm = False
+    online_lr = 0.3
 
     @staticmethod
     def add_arguments(parser):

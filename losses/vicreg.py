@@ -22,6 +22,7 @@ class VICReg(NonContrastive):
     """Invariance of the two views, variance of each dimension, no covariance between dimensions."""
 
     lr, weight_decay, probe_lr = 0.3, 1e-4, 0.3
+    online_lr = 0.3
 
     @staticmethod
     def add_arguments(parser):

@@ -10,6 +10,10 @@ def world_size():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def full_precision(x):
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 class _Gather(torch.autograd.Function):
     """Concatenates the ranks' rows. Every rank then computes the same loss of the whole batch, so the gradient that it gets
     for its own rows is complete; DDP averages parameter gradients over ranks, hence the factor world."""
@@ -57,7 +61,7 @@ class CrossRankBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x):
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        full = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        full = full_precision(x)
         dims = [0, *range(2, x.dim())]
         shape = [1, -1] + [1] * (x.dim() - 2)
         count = x.numel() // x.shape[1] * dist.get_world_size()

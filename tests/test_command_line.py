@@ -20,8 +20,9 @@ FLAGS = """
 --dataset --data_dir --download --probe_data_dir --domain_order --workers --cache --cache_size --cache_dir --skip_corrupt
 --scenario --num_tasks --image_size --min_scale --blur_p --solarize_p --method
 --regularizer --backbone --width --stem --init_from --epochs --batch_size --optimizer --lr --weight_decay --lr_schedule
---warmup_epochs --seed --device --precision --compile --eval --probe_lr --probe_momentum --out_dir --save_every --log_every
---moco_hidden --moco_dim --moco_queue_size --moco_tau --moco_tau_distill --moco_ema --predictor_hidden
+--warmup_epochs --seed --device --precision --compile --eval --probe_lr --probe_momentum
+--online_probe --online_lr --out_dir --save_every --log_every --moco_hidden --moco_dim --moco_queue_size --moco_tau
+--moco_tau_distill --moco_ema --predictor_hidden
 --teacher_bn --pnr_pseudo_negatives
 """.split()
 

@@ -145,17 +145,24 @@ def test_schedules(golden):
     torch.testing.assert_close(taus, golden["tau_every10of100"], rtol=RTOL, atol=0)
 
 
+def rate(args, epoch, step):
+    """The learning rate of a step in epochs of 39 steps, as the loop sets it."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    optimizer.param_groups[0]["base_lr"] = args.lr * args.batch_size / 256
+    return main_cssl.set_lr(optimizer, args, epoch, step, 39)
+
+
 def test_schedule_of_a_run():
     """At the papers' lengths the released one, every epoch; in short runs and for FALCON one without jumps, every step."""
     args = arguments("--epochs 500 --batch_size 256 --moco_queue_size 256 --lr 0.6")
     assert (args.lr_schedule, args.warmup_epochs) == ("epoch", 10)
-    rates = [main_cssl.learning_rate(args, epoch, step, 39) for epoch in range(500) for step in (0, 38)]
+    rates = [rate(args, epoch, step) for epoch in range(500) for step in (0, 38)]
     assert rates == [warmup_cosine(epoch, 0.6, 500) for epoch in range(500) for _ in range(2)]
     args = arguments("--epochs 6 --batch_size 256 --moco_queue_size 256 --lr 0.6")
-    rates = [main_cssl.learning_rate(args, epoch, step, 39) for epoch in range(6) for step in range(39)]
+    rates = [rate(args, epoch, step) for epoch in range(6) for step in range(39)]
     assert rates[0] == 0.003 and max(rates) == 0.6 and max(abs(a - b) for a, b in pairwise(rates)) < 0.6 / 30
     args = arguments("--epochs 200 --batch_size 64", "falcon")
-    rates = [main_cssl.learning_rate(args, epoch, step, 39) for epoch in range(200) for step in range(39)]
+    rates = [rate(args, epoch, step) for epoch in range(200) for step in range(39)]
     assert args.optimizer == "adam" and (rates[0], rates[389], max(rates)) == (3e-5, 2.5e-4, 2.5e-4) and rates[195] < 1.5e-4
 
 

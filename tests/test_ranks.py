@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ from utils.run import Run
 
 BATCH, STEPS = 12, 3
 # a first task is fine-tuning, whatever the regulariser
-CASES = [(method, regularizer, int(regularizer != "finetune")) for method in METHODS for regularizer in REGULARIZERS]
+CASES = [(method, regularizer, int(regularizer != "finetune"), "off") for method in METHODS for regularizer in REGULARIZERS]
+CASES += [("moco", "pnr", 1, "released"), ("simclr", "finetune", 0, "clean")]
 
 
 class Convolutions(torch.nn.Sequential):
@@ -38,36 +40,38 @@ class Convolutions(torch.nn.Sequential):
         super().__init__(*blocks, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
 
 
-def train(method, regularizer, task, rank, world, of):
+def train(method, regularizer, task, online, rank, world, of):
     """The learner's state after a few steps on random images, of which each rank sees its share, and the last step's loss and
     gradients. of: the number of ranks that the comparison is about: a ResNet for 2, Convolutions for 3."""
     with pytest.MonkeyPatch.context() as patch:
         if of == 3:
             patch.setattr(main_cssl, "build_backbone", Convolutions)
-        return train_backbone(method, regularizer, task, rank, world)
+        return train_backbone(method, regularizer, task, online, rank, world)
 
 
-def train_backbone(method, regularizer, task, rank, world):
+def train_backbone(method, regularizer, task, online, rank, world):
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    args = arguments(f"--regularizer {regularizer} --batch_size {BATCH} --precision fp32", method)
+    args = arguments(f"--regularizer {regularizer} --batch_size {BATCH} --precision fp32 --online_probe {online}", method)
     args.stem = "cifar"
     process = Process(torch.device("cpu"), rank, world)
-    learner = main_cssl.build_learner(args, process)
+    learner = main_cssl.build_learner(args, process, SimpleNamespace(classes=range(4)))
     torch.manual_seed(1)
     learner.begin_task(task, process.device)
     optimizer, model = main_cssl.build_optimizer(args, learner), main_cssl.wrap(learner, process, False)
-    images = torch.randn(STEPS, 2, BATCH, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    images = torch.randn(STEPS, 3, BATCH, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    labels = torch.arange(BATCH) % 4
     share = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     for step in range(STEPS):
-        loss, _, out, old = model(*images[step, :, share])
+        labelled = None if online == "off" else (images[step, 2, share], labels[share])
+        loss, terms, out, old = model(*images[step, :2, share], labelled)
         loss.backward()
         gradients = {f"gradient of {name}": p.grad.clone() for name, p in learner.named_parameters() if p.requires_grad}
         optimizer.step()
         optimizer.zero_grad()
         learner.after_step(out, old, step / STEPS)
     torch.set_default_dtype(torch.float32)
-    return {"loss": loss.detach(), **gradients, **learner.state_dict()}
+    return {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}, **gradients, **learner.state_dict()}
 
 
 def worker(rank, world, folder):

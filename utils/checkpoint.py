@@ -13,7 +13,7 @@ import torch
 from utils import RunError
 
 # foreign names and ours, by a prefix that marks the layout; longer prefixes come before the shorter ones that they contain
-HEADS = {"predictor.": "predictor.", "queue_ptr": "queue.pointer", "queue": "queue.rows"}
+HEADS = {"classifier.": "classifier.", "predictor.": "predictor.", "queue_ptr": "queue.pointer", "queue": "queue.rows"}
 LAYOUTS = {
     "encoder_q.": {
         "encoder_q.fc.": "projector.",
@@ -167,16 +167,23 @@ def load_strictly(module, state, path, what):
     module.load_state_dict(state, strict=True)
 
 
-def load_method(method, path, what, tasks):
+def load_method(method, path, what, tasks, online=None):
     """Puts the network of a first task into a method: all of it from a task0.pt, from other layouts what the method has a place
     for. tasks: the names of this run's tasks; raises RunError if a task0.pt is of others, or is no task0.pt.
 
     Where a checkpoint has no EMA twin, the twin starts as a copy of the student; a predictor or queue it does not have stays
-    random. Returns a line that says so.
+    random. online: the OnlineProbe, or None; raises RunError if the checkpoint has no classifier for it. Returns a line that says
+    what became of what.
     """
     network = read_network(path)
     state = {f"backbone.{k}": v for k, v in network["backbone"].items()} | network["heads"]
     fresh, left_out = set(), network["left_out"]
+    classifier = network.get("online") or {k: state.pop(k) for k in list(state) if k.startswith("classifier.")}
+    if classifier and online is None:
+        left_out.add("classifier")
+    if online is not None and not classifier:
+        raise RunError(f"--online_probe: {path} holds no classifier, and so there is no accuracy after the first task: train that "
+                       "task with --online_probe, too")  # fmt: skip
     if network["config"] is None:
         own, needed = method.state_dict(), ("backbone.", "projector.")
         left_out |= {key.split(".")[0] for key in state if key not in own and not key.startswith(needed)}
@@ -186,6 +193,9 @@ def load_method(method, path, what, tasks):
                 state[key] = state.get(key.removeprefix("twin."), own[key])
                 fresh.add("twin (a copy of the student)" if key.startswith("twin.") else key.split(".")[0])
     load_strictly(method, state, path, what)
+    if online is not None:
+        load_strictly(online, classifier, path, what)
+        state |= classifier
     if network.get("task", 0) != 0 or network.get("tasks", tasks)[:1] != tasks[:1]:
         raise RunError(f"{path} is not a network of this run's first task: it was trained on other data")
     parts = sorted({key.split(".")[0] for key in state} - {name.split()[0] for name in fresh})

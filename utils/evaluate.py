@@ -9,6 +9,11 @@ from utils.distributed import Process
 
 ALONE = Process(torch.device("cpu"))
 PROBE_EPOCHS, PROBE_BATCH, PROBE_DROPS = 100, 256, (60, 80)
+ONLINE = {
+    "clean": "learns beside the network on all labelled images in view 2's augmentation, features in eval mode",
+    "released": "as in the papers' CIFAR tables, learns beside the network on all labelled images in view 2's augmentation, which "
+    "pass through the network in training mode",
+}
 KNN_K, KNN_TEMPERATURE, KNN_CHUNK = 200, 0.07, 512
 
 
@@ -160,11 +165,11 @@ def format_matrix(matrix):
     return "\n".join([header, "-" * len(header), *lines])
 
 
-def format_row(task, row, random_row):
-    """The accuracies after a task, and those of a random backbone, in a line."""
-    cells = [f"{name} {' '.join(f'{a:.2f}' for a in r)}, mean {sum(r) / len(r):.2f}" for name, r in
-             ((f"after task {task}: accuracy (%)", row), ("random network", random_row)) if r]  # fmt: skip
-    return "; ".join(cells)
+def format_row(task, block):
+    """The accuracies after a task, and those of a random backbone where they are known, in a line."""
+    protocol = block["protocol"].split(":")[0]
+    rows = {f"after task {task}: accuracy (%), {protocol}": block["matrix"][-1], "random network": block["random_backbone"]}
+    return "; ".join(f"{name} {' '.join(f'{a:.2f}' for a in r)}, mean {sum(r) / len(r):.2f}" for name, r in rows.items() if r)
 
 
 def format_summary(block):

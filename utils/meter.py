@@ -6,17 +6,17 @@ import torch
 
 
 class Meter:
-    """Sums of the loss and of its terms over an epoch, kept on the device, so that no step waits for it."""
+    """Sums of what a step measures, over an epoch, kept on the device, so that no step waits for it."""
 
     def __init__(self, device):
         self.device, self.names, self.sums, self.count = device, [], None, 0
         self.bad_step = torch.full((), -1, device=device)
 
-    def add(self, loss, terms, step):
-        """step: the global step that the loss belongs to."""
-        self.last = torch.stack([loss.detach(), *(t.detach() for t in terms.values())])
+    def add(self, terms, step):
+        """terms: 0-dim tensors by name, the loss first; step: the global step that they belong to."""
+        self.last = torch.stack([t.detach() for t in terms.values()])
         if self.sums is None:
-            self.names, self.sums = ["loss", *terms], torch.zeros_like(self.last)
+            self.names, self.sums = list(terms), torch.zeros_like(self.last)
         self.sums += self.last
         self.count += 1
         self.bad_step = torch.where((self.bad_step < 0) & ~self.last[0].isfinite(), step, self.bad_step)

@@ -10,12 +10,15 @@ class LARS(torch.optim.SGD):
 
     For each tensor w with gradient g: local = min(eta |w| / (|g| + wd |w| + 1e-8) / lr, 1) and g <- local (g + wd w), before
     momentum; a tensor with |w| = 0 or |g| = 0 keeps its g. With exclude_bias_n_norm 1-D tensors skip all of it, weight decay
-    too. Everything is a few multi-tensor calls, without a Python loop or a device sync; .grad is scaled in place.
+    too. Parameter groups may have their own lr and weight decay. Everything is a few multi-tensor calls, without a Python loop
+    or a device sync; .grad is scaled in place.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.02, exclude_bias_n_norm=False, fused=None):
-        super().__init__(params, lr=lr, momentum=momentum, fused=fused, foreach=None if fused else True)
-        self.lars_weight_decay, self.eta, self.exclude_bias_n_norm = weight_decay, eta, exclude_bias_n_norm
+        super().__init__(params, lr, momentum, weight_decay=weight_decay, fused=fused, foreach=None if fused else True)
+        self.eta, self.exclude_bias_n_norm = eta, exclude_bias_n_norm
+        for group in self.param_groups:  # LARS sees to it, not SGD
+            group["lars_weight_decay"], group["weight_decay"] = group["weight_decay"], 0.0
         for p in (p for group in self.param_groups for p in group["params"]):
             # the fused kernel would leave it uninitialised where GradScaler skips the first step
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -25,11 +28,10 @@ class LARS(torch.optim.SGD):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None and not (self.exclude_bias_n_norm and p.ndim == 1)]
             if params:
-                self.scale_gradients(params, [p.grad for p in params], group["lr"])
+                self.scale_gradients(params, [p.grad for p in params], group["lr"], group["lars_weight_decay"])
         return super().step(closure)
 
-    def scale_gradients(self, params, grads, lr):
-        wd = self.lars_weight_decay
+    def scale_gradients(self, params, grads, lr, wd):
         w_norm = torch.stack(torch._foreach_norm(params))  # one entry per tensor
         g_norm = torch.stack(torch._foreach_norm(grads))
         valid = (w_norm > 0) & (g_norm > 0)

@@ -1,6 +1,7 @@
 """A run lives in one folder: who may write it, what experiment it is, how far it is, and how it is asked to stop."""
 
 import contextlib
+import copy
 import fcntl
 import json
 import os
@@ -112,7 +113,7 @@ class Run:
     """
 
     COUNTERS = {"task": 0, "epoch": 0, "step": 0, "global_step": 0, "finished": 0, "matrix": [], "random_row": None,
-                "start_std": 0.0, "collapsed": []}  # fmt: skip
+                "online_matrix": [], "start_std": 0.0, "collapsed": []}  # fmt: skip
 
     def __init__(self, arguments, data, indices, process):
         self.folder, self.main = Path(arguments["out_dir"]), process.main
@@ -120,7 +121,7 @@ class Run:
         self.lock = process.first(lambda: open_folder(self.folder, self.arguments) if self.main else None)
         self.saved = checkpoint.load_last(self.folder, warn=self.main)
         self.resumed = self.saved is not None
-        vars(self).update(self.saved["counters"] if self.resumed else {**self.COUNTERS, "matrix": [], "collapsed": []})
+        vars(self).update(self.saved["counters"] if self.resumed else copy.deepcopy(self.COUNTERS))
         if self.resumed:
             self.check_experiment(self.saved["arguments"])
         flags = {f"--{name}": value for name, value in self.arguments.items() if name not in FREE}
@@ -200,20 +201,24 @@ class Run:
         self.last_save = time.monotonic()
         self.seconds_saving += self.last_save - before
 
-    def publish(self, block, monitors, title):
-        """After an evaluation: its row in the logs, results.json, the matrix as accuracy_matrix.png and in TensorBoard."""
+    def publish(self, name, block, monitors, title):
+        """After an evaluation: its row in the logs, results.json, the matrix as accuracy_matrix.png and in TensorBoard.
+
+        name: of the protocol, "" for that of --eval.
+        """
         if not self.main:
             return
         scores = {name: block[name] for name in ("average_accuracy", "forgetting", "forward_transfer", "plasticity")}
         values = {**scores, **monitors, "row": block["matrix"][-1]}
-        self.log.metrics("eval", self.global_step, values, task=self.task, protocol=block["protocol"])
+        self.log.metrics(f"eval_{name}".rstrip("_"), self.global_step, values, task=self.task, protocol=block["protocol"])
         names = self.data["tasks"] if self.arguments["scenario"] == "domain" else None
         protocol = block["protocol"].split(":")[0]
         figure = plot_matrix(block["matrix"], f"{title}\n{protocol}, A = {scores['average_accuracy']:.2f} %", names)
-        self.log.figure("accuracy_matrix", figure, self.global_step)
-        figure.savefig(self.folder / "accuracy_matrix.png")
-        write_results(self.folder, block)
-        if len(block["matrix"]) == block["tasks"]:
+        picture = f"accuracy_matrix_{name}".rstrip("_")
+        self.log.figure(picture, figure, self.global_step)
+        figure.savefig(self.folder / f"{picture}.png")
+        write_results(self.folder, {name: block} if name else block)
+        if not name and len(block["matrix"]) == block["tasks"]:
             self.log.hparams(self.arguments, scores)
 
 
