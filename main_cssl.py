@@ -23,9 +23,9 @@ from data import DataError
 from data.augment import ViewConfig
 from data.datasets import add_data_arguments, load_dataset
 from data.files import bar
-from data.loader import EVALUATION_BATCH, LABELLED, Loader, evaluation_share, generator, plain_batches
+from data.loader import EVALUATION_BATCH, LABELLED, PROBED, Loader, evaluation_batches, evaluation_share, generator
 from data.scenarios import DEFAULT_TASKS, SCENARIOS, plan
-from data.stream import TIMEOUT, Crops, Stream, StreamLoader, close_all, plain_stream
+from data.stream import TIMEOUT, Crops, Stream, StreamLoader, close_all, evaluation_stream
 from losses import METHODS, REGULARIZERS
 from losses.base import Learner, MethodError
 from models import BACKBONES, STEMS, build_backbone
@@ -92,6 +92,9 @@ def parse_arguments(argv=None):
 
     add = parser.add_argument_group("evaluation and output").add_argument
     add("--eval", choices=("linear", "knn", "none"), default="linear", help="after every task; knn is quick, linear is the papers'")
+    add("--probe_views", choices=("cached", "augmented"), default="cached", help="what the linear probe learns from: features made "
+        "once; or, as in the papers' offline evaluation, random crops and flips, which pass through the network anew in each of "
+        "the probe's 100 epochs")  # fmt: skip
     add("--probe_lr", type="positive", help="of the linear probe (default: the method's); lower it if the probe diverges")
     add("--probe_momentum", type="fraction", default=0.0, help="of the linear probe: 0 as in PNR's release, 0.9 as in CaSSLe's")
     add("--online_probe", choices=("off", "clean", "released"), default="off", help="a linear classifier over all classes that "
@@ -156,10 +159,9 @@ def main(args):
                           "--warmup_epochs or a lower --lr prevents that")  # fmt: skip
             run.start_std = 0.0  # said once a task
 
-    if args.eval != "none" and not run.matrix and run.random_row is None:
-        run.random_row = accuracies(
-            args, process, *frozen_features(args, process, method.backbone, probe, test), probe.classes, tasks
-        )
+    if args.eval != "none" and not run.matrices and not run.random_rows:
+        tested = frozen_features(args, process, method.backbone, test)
+        run.random_rows = accuracies(args, process, method.backbone, probe, tested, tasks)
     if args.init_from and not run.resumed:
         learner.load_state_dict(initial.state_dict())
 
@@ -327,51 +329,66 @@ def wrap(learner, process, compiled):
         return DistributedDataParallel(learner, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def frozen_features(args, process, backbone, *sets):
-    """For each ImageSet, of the images that are this rank's share: features float32 [n, F], without augmentation, and labels."""
-    found = []
-    for images in sets:
-        share = evaluation_share(len(images.labels), process.rank, process.world)
-        count, setting = share.stop - share.start, (args.image_size, images.mean, images.std)
-        if not count:
-            batches = ()
-        elif images.streams:
-            batches = plain_stream(images, share, *setting, process.device, args.workers, args.skip_corrupt)
-        else:
-            batches = plain_batches(images.images[share], *setting)
-        total = -(-count // EVALUATION_BATCH)
-        shown = bar(batches, desc="evaluating", total=total, unit="batch", leave=False, disable=not process.main)
-        features = evaluate.extract(backbone, shown, PRECISIONS[args.precision])
-        found.append((features, images.labels[share]))  # of which extraction has struck out those of skipped images
-    return found
+def frozen_features(args, process, backbone, images, epoch=None):
+    """Of the images of an ImageSet that are this rank's share: features float32 [n, F], and labels. epoch: of a linear probe that
+    learns from augmented views; None: plain images."""
+    share = evaluation_share(len(images.labels), process.rank, process.world)
+    count, first = share.stop - share.start, share.start // EVALUATION_BATCH
+    setting = (args.image_size, images.mean, images.std, None if epoch is None else (args.seed, PROBED, epoch))
+    if not count:
+        batches = ()
+    elif images.streams:
+        batches = evaluation_stream(images, share, *setting, process.device, args.workers, args.skip_corrupt)
+    else:
+        batches = evaluation_batches(images.images[share], first, *setting)
+    title, total = "evaluating" if epoch is None else f"probe epoch {epoch}", -(-count // EVALUATION_BATCH)
+    shown = bar(batches, desc=title, total=total, unit="batch", leave=False, disable=not process.main)
+    features = evaluate.extract(backbone, shown, PRECISIONS[args.precision])
+    return features, images.labels[share]  # of which extraction has struck out those of skipped images
 
 
-def accuracies(args, process, probe, test, classes, tasks):
-    """One row of a[k][t]: the accuracy on each task, by the protocol args.eval. probe, test: features and labels, as
-    frozen_features gives them."""
-    (probe_x, probe_y), (test_x, test_y) = probe, test
-    known = probe_y >= 0
-    test_y = process.gather(test_y)
+def accuracies(args, process, backbone, probe, tested, tasks):
+    """Rows of a[k][t], the accuracy on each task, by the protocol args.eval: "" that of one classifier; where domains are probed
+    linearly, "linear_per_domain" that of one for each domain, which learns from its own images. tested: the test images'
+    features and labels, as frozen_features gives them."""
+    augmented = args.eval == "linear" and args.probe_views == "augmented"
+    cached, labels = frozen_features(args, process, backbone, probe, 0 if augmented else None)
+    known, test_y = labels >= 0, process.gather(tested[1])
     if not sum(process.counts(int(known.sum()))) or not (test_y >= 0).any():
         raise DataError("no image to evaluate with can be read: is the disk there?")
-    predictions = evaluate.classify(args, process, probe_x[known], probe_y[known], test_x, len(classes))
-    return evaluate.accuracy_row(process.gather(predictions), test_y, tasks.test)
+
+    def features(epoch):
+        return frozen_features(args, process, backbone, probe, epoch)[0] if augmented and epoch else cached
+
+    parts = [known]
+    if args.eval == "linear" and args.scenario == "domain" and probe.domains is not None and len(tasks.names) > 1:
+        share = evaluation_share(len(probe.labels), process.rank, process.world)
+        own = probe.domains[share].to(labels.device)
+        parts += [known & (own == domain) for domain in range(len(tasks.names))]
+    predictions = evaluate.classify(args, process, features, labels, parts, tested[0], len(probe.classes))
+    joint, *others = map(process.gather, predictions)
+    rows = {"": evaluate.accuracy_row(joint, test_y, tasks.test)}
+    if others:
+        pairs = zip(others, tasks.test)
+        rows["linear_per_domain"] = [evaluate.accuracy_row(found, test_y, [part])[0] for found, part in pairs]
+    return rows
 
 
 def evaluate_task(args, process, run, learner, probe, test, tasks):
     """Adds the rows of the task to the matrices of the run, and publishes these and the collapse monitors of the test features."""
-    sets = (probe, test) if args.eval != "none" else (test,)
-    *known, tested = frozen_features(args, process, learner.method.backbone, *sets)
-    if known:
-        run.matrix.append(accuracies(args, process, *known, tested, probe.classes, tasks))
+    backbone = learner.method.backbone
+    tested = frozen_features(args, process, backbone, test)
+    rows = accuracies(args, process, backbone, probe, tested, tasks) if args.eval != "none" else {}
     if learner.online is not None:
-        predictions = process.gather(learner.online.predict(tested[0]))
-        run.online_matrix.append(evaluate.accuracy_row(predictions, process.gather(tested[1]), tasks.test))
+        predictions, labels = process.gather(learner.online.predict(tested[0])), process.gather(tested[1])
+        rows[f"online_linear_{args.online_probe}"] = evaluate.accuracy_row(predictions, labels, tasks.test)
     features = process.gather(tested[0])
     monitors, spectrum = health(features, learner.method.codes(features))
     if collapsed(monitors):
         run.collapsed.append(run.task)
     run.log.figure("collapse/spectrum", plot_spectrum(spectrum), run.global_step)
+    for name, row in rows.items():
+        run.matrices.setdefault(name, []).append(row)
     for name, block in blocks(args, run).items():
         run.publish(name, block, monitors, f"{args.method} + {args.regularizer}")
         if process.main:
@@ -380,13 +397,10 @@ def evaluate_task(args, process, run, learner, probe, test, tasks):
 
 def blocks(args, run):
     """What results.json says of the protocols that are evaluated while training, by name; "" is that of --eval."""
-    found = {}
-    if run.matrix:
-        found[""] = evaluate.summary(run.matrix, args.num_tasks, evaluate.protocol_name(args), run.random_row)
-    if run.online_matrix:
-        protocol = f"online linear probe ({args.online_probe}): {evaluate.ONLINE[args.online_probe]}; lr {args.online_lr:g}"
-        found[f"online_linear_{args.online_probe}"] = evaluate.summary(run.online_matrix, args.num_tasks, protocol)
-    return found
+    return {
+        name: evaluate.summary(matrix, args.num_tasks, evaluate.protocol_name(args, name), run.random_rows.get(name))
+        for name, matrix in run.matrices.items()
+    }
 
 
 def save_network(run, learner):

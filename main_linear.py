@@ -43,6 +43,7 @@ DEFAULTS = {
     "precision": None,
     "probe_lr": 1.0,
     "probe_momentum": 0.0,
+    "probe_views": "cached",
 }
 
 
@@ -58,6 +59,8 @@ def parse_arguments(argv=None):
     add("--protocol", dest="eval", choices=("linear", "knn"), default="linear", help="knn is quick, linear is what papers report")
     add("--label_fraction", type="share", default=1.0, help="share of each class's labels that the classifier sees, such as 0.01")
     add("--probe_lr", type="positive", help="of the linear probe (default: the run's, or 1); lower it if the probe diverges")
+    add("--probe_views", choices=("cached", "augmented"), help="what the linear probe learns from: plain images, or random crops "
+        "and flips, anew in each epoch, as in the papers' offline evaluation (default: the run's, or cached)")  # fmt: skip
     add("--probe_momentum", type="fraction", help="of the linear probe (default: the run's, or 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add_data_arguments(parser)
@@ -107,29 +110,30 @@ def main(args):
     torch.manual_seed(args.seed)
     backbone = build_backbone(args.backbone, args.width, args.stem).to(process.device, memory_format=torch.channels_last)
     what = f"--backbone {args.backbone} --width {args.width} --stem {args.stem}"
-    name = args.eval if args.label_fraction == 1 else f"{args.eval}_{args.label_fraction:g}"
-    protocol = evaluate.protocol_name(args)
-    if args.label_fraction < 1:
-        protocol += f"; {100 * args.label_fraction:g} % of the labels"
+    name = args.eval + ("_augmented" if args.eval == "linear" and args.probe_views == "augmented" else "")
+    name += f"_{args.label_fraction:g}" if args.label_fraction < 1 else ""
+    share = f"; {100 * args.label_fraction:g} % of the labels" if args.label_fraction < 1 else ""
 
-    def row():
-        return accuracies(args, process, *frozen_features(args, process, backbone, probe, test), probe.classes, tasks)
+    def rows():
+        return accuracies(args, process, backbone, probe, frozen_features(args, process, backbone, test), tasks)
 
-    random_row = row() if args.run else None
-    matrix = []
+    random_rows = rows() if args.run else {}
+    matrices = {}
     for path in networks:
         checkpoint.load_strictly(backbone, checkpoint.read_network(path)["backbone"], path, what)
-        matrix.append(row())
-        mean = sum(matrix[-1]) / len(matrix[-1])
-        if process.main:
-            print(f"{path}: {mean:.2f} % (per task: {', '.join(f'{a:.2f}' for a in matrix[-1])})", flush=True)
+        for part, row in rows().items():
+            matrices.setdefault(part, []).append(row)
+            if process.main:
+                mean = sum(row) / len(row)
+                print(f"{path}{part and f' ({part})'}: {mean:.2f} % (per task: {', '.join(f'{a:.2f}' for a in row)})", flush=True)
     if not process.main:
         return
-    print(protocol)
-    if args.run:
-        block = evaluate.summary(matrix, args.num_tasks, protocol, random_row)
-        print(f"{evaluate.format_matrix(matrix)}\n{evaluate.format_summary(block)}")
-        write_results(args.run, {name: block})
+    for part, matrix in matrices.items():
+        block = evaluate.summary(matrix, args.num_tasks, evaluate.protocol_name(args, part) + share, random_rows.get(part))
+        print(block["protocol"])
+        if args.run:
+            print(f"{evaluate.format_matrix(matrix)}\n{evaluate.format_summary(block)}")
+            write_results(args.run, {name + part.removeprefix("linear"): block})
 
 
 def keep_labels(images, fraction, seed):

@@ -22,8 +22,8 @@ esac
 BATCH=256 VIEWS="--min_scale 0.08 --blur_p 1 0.1 --solarize_p 0 0.2"
 case $METHOD in
   moco)   TABLE="--lr 0.6 --weight_decay 1e-4 --probe_lr 3 --moco_queue_size 65536 --moco_tau 0.2 --moco_ema 0.99 0.999" ;;
-  simclr) TABLE="--lr 0.4 --weight_decay 1e-4 --probe_lr 1 --simclr_tau 0.2" ;;
-  barlow) TABLE="--lr 0.4 --weight_decay 1e-4 --probe_lr 0.1 --barlow_lambda 5e-3 --barlow_scale_loss 0.1 --barlow_lambda_neg $BARLOW" ;;
+  simclr) TABLE="--lr 0.4 --weight_decay 1e-4 --probe_lr 1 --online_lr 0.3 --simclr_tau 0.2" ;;
+  barlow) TABLE="--lr 0.4 --weight_decay 1e-4 --probe_lr 0.1 --online_lr 0.3 --barlow_lambda 5e-3 --barlow_scale_loss 0.1 --barlow_lambda_neg $BARLOW" ;;
   byol)   TABLE="--lr 0.6 --weight_decay 1e-5 --probe_lr 3 --byol_predictor_hidden 8192 --byol_ema 0.99 1 --byol_lambda_neg $BYOL" ;;
   vicreg) TABLE="--lr 0.4 --weight_decay 1e-4 --probe_lr 0.3 --vicreg_lambda_distill 25 --vicreg_lambda_neg $VICREG"
           VIEWS="--min_scale 0.2 --blur_p 0.5 0.5 --solarize_p 0.1 0.1" ;;
@@ -32,4 +32,4 @@ case $METHOD in
   *)      fail "unknown method $METHOD: choose moco, simclr, barlow, byol, vicreg or falcon" ;;
 esac
 # shellcheck disable=SC2086
-launch --dataset imagenet100 --scenario "$SCENARIO" --num_tasks "$TASKS" --epochs 400 --image_size 224 --batch_size $BATCH $VIEWS $TABLE
+launch --dataset imagenet100 --scenario "$SCENARIO" --num_tasks "$TASKS" --epochs 400 --image_size 224 --probe_views augmented --batch_size $BATCH $VIEWS $TABLE

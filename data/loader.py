@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from data import DataError, augment
 
 EVALUATION_BATCH = 512  # images at a time
-LABELLED = 2**32  # added to a task's number: another stream of random numbers
+LABELLED, PROBED = 2**32, 2**33  # in place of, or added to, a task's number: other streams of random numbers
 
 
 def generator(*key):
@@ -74,9 +74,20 @@ class Loader:
         return [augment.make_view(x, p, v, self.mean, self.std) for x, p, v in zip(images, params, self.views)]
 
 
-def plain_batches(images, size, mean, std, batch_size=EVALUATION_BATCH):
-    """Yields normalised float [n, 3, size, size] of all images in order, resized where they are of another size, for evaluation."""
-    for part in images.split(batch_size):
+def probe_view(size):
+    """What the papers' offline linear evaluation trains on: a random resized crop (0.08-1), perhaps mirrored."""
+    return augment.ViewConfig(size, jitter_p=0.0, grey_p=0.0)
+
+
+def evaluation_batches(images, first, size, mean, std, key=None, batch_size=EVALUATION_BATCH):
+    """Yields normalised float [n, 3, size, size] of all images in order: plain, and resized where they are of another size; or,
+    with a key (integers), in random views that depend on the key. first: the number of the first batch among all ranks' ones."""
+    for number, part in enumerate(images.split(batch_size), first):
+        if key is not None:
+            view = probe_view(size)
+            params = augment.draw(view, len(part), *part.shape[-2:], generator(*key, number))
+            yield augment.make_view(part, params, view, mean, std)
+            continue
         x = part.float().div_(255)
         if x.shape[-2:] != (size, size):
             x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp_(0, 1)

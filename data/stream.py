@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from data import DataError, augment
-from data.loader import EVALUATION_BATCH, Loader, generator
+from data.loader import EVALUATION_BATCH, Loader, generator, probe_view
 
 CHUNK = 16  # images held decoded at a time
 TIMEOUT = 600  # seconds that a batch may take
@@ -149,15 +149,20 @@ class StreamLoader(Loader):
             yield self.augment(crops.transpose(0, 1), epoch, step)
 
 
-def plain_stream(images, share, size, mean, std, device, workers, skip_corrupt=False, batch_size=EVALUATION_BATCH):
-    """plain_batches for a slice of an ImageSet of files: the centre of each image. One that is skipped loses its label."""
-    stream = Stream(Crops(images.images, size), workers, device, skip_corrupt, persistent=False)
-    indices = torch.arange(share.start, share.stop)
-    requests = ((part, None) for part in indices.split(batch_size))
+def evaluation_stream(images, share, size, mean, std, key, device, workers, skip_corrupt=False, batch_size=EVALUATION_BATCH):
+    """evaluation_batches for a slice of an ImageSet of files: the centre of each, or a random view. One that is skipped loses its
+    label."""
+    view = probe_view(size)
+    stream = Stream(Crops(images.images, size, [view.min_scale]), workers, device, skip_corrupt, persistent=False)
+    requests = ((part, key) for part in torch.arange(share.start, share.stop).split(batch_size))
     try:
-        for crops in stream.batches(requests):
-            x = crops[:, 0].float().div_(255)
-            yield augment.normalize(x, mean, std).contiguous(memory_format=torch.channels_last)
+        for number, crops in enumerate(stream.batches(requests), share.start // batch_size):
+            if key is None:
+                x = augment.normalize(crops[:, 0].float().div_(255), mean, std)
+                yield x.contiguous(memory_format=torch.channels_last)
+            else:
+                params = augment.draw(view, len(crops), None, None, generator(*key, number))
+                yield augment.make_view(crops[:, 0], params, view, mean, std)
     finally:
         stream.close()
     images.labels[list(stream.skipped)] = -1

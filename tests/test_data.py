@@ -28,7 +28,7 @@ from data.augment import ViewConfig
 from data.cache import open_cache
 from data.datasets import DATASETS, DOMAINS, load_dataset
 from data.files import Files, decode
-from data.stream import Crops, Stream, StreamLoader, plain_stream
+from data.stream import Crops, Stream, StreamLoader, evaluation_stream
 from utils import checkpoint
 from utils.run import Run
 
@@ -264,7 +264,9 @@ def test_centre_crops(data):
     assert (Crops(stub, 56)[torch.tensor([0]), None][0] == 255).all()
     images = files(data)
     labels = images.labels.clone()
-    batches = list(plain_stream(images, slice(0, len(images.labels)), 16, images.mean, images.std, CPU, workers=2, batch_size=10))
+    batches = list(
+        evaluation_stream(images, slice(0, len(images.labels)), 16, images.mean, images.std, None, CPU, workers=2, batch_size=10)
+    )
     assert [len(b) for b in batches] == [10, 10, 4] and torch.equal(images.labels, labels)
 
 
@@ -348,7 +350,11 @@ def test_a_skipped_image_gives_its_place_to_the_next(spoiled):
         with pytest.raises(DataError, match="any other image of its batch"):
             list(lost.batches([(torch.arange(count), (1, 2, 3))], some=True))
     images = load(root, "plain")[0]
-    list(plain_stream(images, slice(0, len(images.labels)), 16, images.mean, images.std, CPU, 0, skip_corrupt=True, batch_size=1))
+    list(
+        evaluation_stream(
+            images, slice(0, len(images.labels)), 16, images.mean, images.std, None, CPU, 0, skip_corrupt=True, batch_size=1
+        )
+    )
     assert (images.labels == -1).nonzero().tolist() == [[number]]  # it takes no part in the evaluation
 
 

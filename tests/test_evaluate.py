@@ -59,7 +59,8 @@ def test_linear_probe_against_torch(momentum):
     torch.manual_seed(0)
     x = torch.randn(600, 5)
     y = (x @ torch.randn(5, 3)).argmax(1)
-    got = evaluate.linear_probe(x, y, x, 3, lr=0.5, momentum=momentum, seed=1, epochs=10)
+    everything = torch.ones(600, dtype=torch.bool)
+    (got,) = evaluate.linear_probe(lambda _: x, y, [everything], x, 3, lr=0.5, momentum=momentum, seed=1, epochs=10)
     w, b = torch.zeros(3, 5, requires_grad=True), torch.zeros(3, requires_grad=True)
     rng, speed = torch.Generator().manual_seed(1), [torch.zeros(3, 5), torch.zeros(3)]
     for epoch in range(10):
@@ -98,8 +99,9 @@ def test_classify_learns_separable_classes(protocol):
     torch.manual_seed(0)
     y = torch.arange(400) % 4
     x = F.one_hot(y, 4) + 0.1 * torch.randn(400, 4)
-    predictions = evaluate.classify(arguments(f"--eval {protocol} --probe_lr 0.5"), evaluate.ALONE, x[:300], y[:300], x[300:], 4)
-    assert torch.equal(predictions, y[300:])
+    args, known = arguments(f"--eval {protocol} --probe_lr 0.5"), torch.arange(300) < 200
+    both = evaluate.classify(args, evaluate.ALONE, lambda _: x[:300], y[:300], [known, ~known], x[300:], 4)
+    assert all(torch.equal(predictions, y[300:]) for predictions in both)
 
 
 def test_collapse_monitors():

@@ -116,13 +116,16 @@ def evaluation(process):
     args = arguments("--batch_size 36 --precision fp32")
     _, probe, test, tasks = main_cssl.build_data(args, process)
     backbone = main_cssl.build_learner(args, process).method.backbone
-    known, tested = main_cssl.frozen_features(args, process, backbone, probe, test)
+    known, tested = (main_cssl.frozen_features(args, process, backbone, images) for images in (probe, test))
     assert sum(process.counts(len(known[0]))) == len(probe.labels)
     found = {"train": process.gather(known[0]), "test": process.gather(tested[0]), "labels": process.gather(known[1])}
-    found["knn"] = process.gather(evaluate.classify(args, process, *known, tested[0], 10))
-    found["row"] = main_cssl.accuracies(args, process, known, tested, probe.classes, tasks)
+    found["views"] = process.gather(main_cssl.frozen_features(args, process, backbone, probe, epoch=1)[0])
+    everything = torch.ones(len(known[1]), dtype=torch.bool)
+    probed = (lambda _: known[0]), known[1], [everything], tested[0], 10
+    found["knn"] = process.gather(evaluate.classify(args, process, *probed)[0])
+    found["row"] = main_cssl.accuracies(args, process, backbone, probe, tested, tasks)[""]
     setting = {"lr": 3.0, "momentum": 0.9, "seed": 0, "epochs": 20}  # at so high a rate rounding in another order would show
-    found["linear"] = process.gather(evaluate.linear_probe(*known, tested[0], 10, **setting, process=process))
+    found["linear"] = process.gather(evaluate.linear_probe(*probed, **setting, process=process)[0])
     return found
 
 

@@ -14,7 +14,8 @@ from conftest import ENVIRONMENT, ROOT
 import main_cssl
 from losses import METHODS
 
-SMALL = "--backbone resnet10 --width 4 --image_size 8 --epochs 1 --batch_size 4 --moco_queue_size 16 --moco_hidden 16 --device cpu"
+SMALL = "--probe_views cached --device cpu --backbone resnet10 --width 4 --image_size 8"
+SMALL += " --epochs 1 --batch_size 4 --moco_queue_size 16 --moco_hidden 16"
 
 
 def script(name, *arguments, cwd=ROOT, **environment):
@@ -50,6 +51,7 @@ def test_settings(name, scenario, method):
     assert args.scenario == scenario and args.epochs == EPOCHS[name] and args.backbone == "resnet18" and args.width == 64
     assert args.dataset in name.replace("run_", "") and args.method == method and args.regularizer == "pnr"
     assert args.batch_size == (64 if method == "falcon" else 256) and args.eval == "linear"
+    assert args.probe_views == ("cached" if cifar else "augmented")
     assert args.weight_decay == (1e-5 if method == "byol" else 1e-4)
     for flag, values in (CIFAR if cifar else OTHER).items():
         assert getattr(args, flag) == values[method], flag
@@ -60,6 +62,8 @@ def test_settings(name, scenario, method):
     for other, value in zip(("barlow", "byol", "vicreg"), LAMBDA_NEG[name, scenario]):
         if method == other:
             assert getattr(args, f"{other}_lambda_neg") == value
+    rates = {"moco": 0.3, "simclr": 0.1, "barlow": 0.1, "byol": 0.1, "vicreg": 0.3, "falcon": 0.1}
+    assert args.online_lr == (0.3 if method in ("simclr", "barlow") and not cifar else rates[method])
     if method == "byol":
         assert args.byol_predictor_hidden == (4096 if cifar else 8192)
 

@@ -9,11 +9,6 @@ from utils.distributed import Process
 
 ALONE = Process(torch.device("cpu"))
 PROBE_EPOCHS, PROBE_BATCH, PROBE_DROPS = 100, 256, (60, 80)
-ONLINE = {
-    "clean": "learns beside the network on all labelled images in view 2's augmentation, features in eval mode",
-    "released": "as in the papers' CIFAR tables, learns beside the network on all labelled images in view 2's augmentation, which "
-    "pass through the network in training mode",
-}
 KNN_K, KNN_TEMPERATURE, KNN_CHUNK = 200, 0.07, 512
 
 
@@ -34,39 +29,59 @@ def extract(backbone, batches, autocast_dtype=None):
     return torch.cat(features) if features else next(backbone.parameters()).new_zeros(0, backbone.feature_dim)
 
 
-def linear_probe(train_x, train_y, test_x, num_classes, lr, momentum, seed, epochs=PROBE_EPOCHS, process=ALONE):
-    """Predictions int64 [M] of one linear classifier over all classes, trained on train_x [N, F], train_y [N].
-
-    Softmax regression from zero weights, SGD with momentum and without weight decay, lr x 0.1 at 60 % and 80 % of the epochs,
-    in float64, on the device of the features. Each rank gives its own share of the training and of the test features, whose
-    predictions it gets; a batch is drawn from all shares, and its gradient summed over ranks. Raises RunError if the probe
-    diverges.
+class SoftmaxRegression:
+    """A linear classifier that starts from zero, in float64: SGD with momentum and without weight decay, lr x 0.1 at 60 % and 80 %
+    of the epochs. Each rank gives its own share of the features; a batch is drawn from all shares, its gradient summed over ranks.
     """
-    counts = process.counts(len(train_x))
-    first, total = sum(counts[: process.rank]), sum(counts)
-    # at the papers' rates training amplifies rounding to a point of accuracy; in float64 the sums' order does not show
-    probe = nn.Linear(train_x.shape[1], num_classes, device=train_x.device, dtype=torch.float64)
-    nn.init.zeros_(probe.weight), nn.init.zeros_(probe.bias)
-    optimizer = torch.optim.SGD(probe.parameters(), lr=lr, momentum=momentum, fused=True)
-    milestones = [epochs * drop // PROBE_EPOCHS for drop in PROBE_DROPS]
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
-    rng = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        order = torch.randperm(total, generator=rng) - first
-        own = (order >= 0) & (order < len(train_x))
+
+    def __init__(self, dim, num_classes, lr, momentum, seed, epochs, process, device):
+        # at the papers' rates training amplifies rounding to a point of accuracy; in float64 the sums' order does not show
+        self.linear = nn.Linear(dim, num_classes, device=device, dtype=torch.float64)
+        nn.init.zeros_(self.linear.weight), nn.init.zeros_(self.linear.bias)
+        self.optimizer = torch.optim.SGD(self.linear.parameters(), lr=lr, momentum=momentum, fused=True)
+        milestones = [epochs * drop // PROBE_EPOCHS for drop in PROBE_DROPS]
+        self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones, gamma=0.1)
+        self.rng, self.process = torch.Generator().manual_seed(seed), process
+
+    def train_one_epoch(self, x, y):
+        """x: features [n, F], y: labels int64 [n], of this rank."""
+        counts = self.process.counts(len(x))
+        first, total = sum(counts[: self.process.rank]), sum(counts)
+        order = torch.randperm(total, generator=self.rng) - first
+        own = (order >= 0) & (order < len(x))
         sizes = [int(part.sum()) for part in own.split(PROBE_BATCH)]
-        for step, rows in enumerate(order[own].to(train_x.device).split(sizes)):
-            optimizer.zero_grad(set_to_none=True)
-            loss = F.cross_entropy(probe(train_x[rows].double()), train_y[rows], reduction="sum")
+        for step, rows in enumerate(order[own].to(x.device).split(sizes)):
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = F.cross_entropy(self.linear(x[rows].double()), y[rows], reduction="sum")
             (loss / min(PROBE_BATCH, total - step * PROBE_BATCH)).backward()
-            process.sum(*(p.grad for p in probe.parameters()))
-            optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        logits = probe(test_x.double())
-    if not logits.isfinite().all():
-        raise RunError(f"the linear probe diverged at --probe_lr {lr:g} with --probe_momentum {momentum:g}: lower them")
-    return logits.argmax(dim=1)
+            self.process.sum(*(p.grad for p in self.linear.parameters()))
+            self.optimizer.step()
+        self.schedule.step()
+
+    @torch.no_grad()
+    def predict(self, x):
+        """int64 [M] of features [M, F]. Raises RunError if the training diverged."""
+        logits = self.linear(x.double())
+        if not logits.isfinite().all():
+            lr, momentum = (self.optimizer.defaults[name] for name in ("lr", "momentum"))
+            raise RunError(f"the linear probe diverged at --probe_lr {lr:g} with --probe_momentum {momentum:g}: lower them")
+        return logits.argmax(dim=1)
+
+
+def linear_probe(features, labels, parts, test_x, num_classes, lr, momentum, seed, epochs, process=ALONE):
+    """Predictions int64 [M] for test_x by one SoftmaxRegression over all classes for each of the parts, in a list.
+
+    features: of an epoch (0, 1, ...), a function that returns float [N, F]; labels: int64 [N]; parts: bool [N], the rows that a
+    classifier learns from. All are this rank's share, of which the predictions are, too.
+    """
+    device = labels.device
+    probes = [SoftmaxRegression(test_x.shape[1], num_classes, lr, momentum, seed, epochs, process, device) for _ in parts]
+    rows = [slice(None) if part.all() else part for part in parts]
+    for epoch in range(epochs):
+        x = features(epoch)
+        for probe, part in zip(probes, rows):
+            probe.train_one_epoch(x[part], labels[part])
+    return [probe.predict(test_x) for probe in probes]
 
 
 @torch.no_grad()
@@ -86,22 +101,34 @@ def knn(train_x, train_y, test_x, num_classes, k=KNN_K, temperature=KNN_TEMPERAT
     return torch.cat(predictions)
 
 
-def protocol_name(args):
-    """The words that stand beside every number."""
-    if args.eval == "linear":
+def protocol_name(args, name=""):
+    """The words that stand beside every number. name: of what is reported beside the numbers of --eval, if it is that."""
+    if name.startswith("online"):
+        mode = {"clean": "in eval mode", "released": "in training mode, as in the papers' CIFAR tables"}[args.online_probe]
         return (
-            f"offline linear probe: SGD in float64, lr {args.probe_lr:g}, momentum {args.probe_momentum:g}, {PROBE_EPOCHS} epochs, "
-            f"batch {PROBE_BATCH}, lr x 0.1 at epochs 60 and 80; one classifier over all classes, frozen features, no augmentation"
+            f"online linear probe ({args.online_probe}): learns beside the network, lr {args.online_lr:g}, on all labelled images "
+            f"in view 2's augmentation, which pass through the network {mode}; one classifier over all classes"
+        )
+    if args.eval == "linear":
+        views = {"cached": "no augmentation", "augmented": "random resized crop (0.08-1) and flip anew each epoch"}[
+            args.probe_views
+        ]
+        whose = "one classifier for each domain, from its own images" if name == "linear_per_domain" else "one classifier"
+        return (
+            f"offline linear probe{', per domain' * (name != '')}: SGD in float64, lr {args.probe_lr:g}, momentum "
+            f"{args.probe_momentum:g}, {PROBE_EPOCHS} epochs, batch {PROBE_BATCH}, lr x 0.1 at epochs 60 and 80; {whose} over all "
+            f"classes, frozen network, {views}"
         )
     return f"k-NN: cosine, k {KNN_K} or all if fewer, temperature {KNN_TEMPERATURE}; all classes, frozen features"
 
 
-def classify(args, process, train_x, train_y, test_x, num_classes):
-    """Predictions int64 [M] for test_x from train_x, train_y, by the protocol that args.eval names, as args say."""
+def classify(args, process, features, labels, parts, test_x, num_classes):
+    """Predictions int64 [M] for test_x by the protocol that args.eval names, as args say, a list with one for each of the parts;
+    for the arguments see linear_probe."""
     if args.eval == "linear":
-        sgd = args.probe_lr, args.probe_momentum
-        return linear_probe(train_x, train_y, test_x, num_classes, *sgd, args.seed, process=process)
-    return knn(train_x, train_y, test_x, num_classes, process=process)
+        sgd = args.probe_lr, args.probe_momentum, args.seed
+        return linear_probe(features, labels, parts, test_x, num_classes, *sgd, PROBE_EPOCHS, process)
+    return [knn(features(0)[part], labels[part], test_x, num_classes, process=process) for part in parts]
 
 
 def accuracy_row(predictions, labels, parts):

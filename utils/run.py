@@ -22,7 +22,7 @@ from utils.log import Log
 
 # arguments that may differ when a run is resumed: they change where and how fast it runs, not what it computes
 FREE = {"out_dir", "data_dir", "download", "cache_dir", "device", "compile", "save_every", "log_every", "workers", "skip_corrupt"}
-PROTOCOL = {"eval", "probe_lr", "probe_momentum", "probe_data_dir"}  # may change until a task is finished
+PROTOCOL = {"eval", "probe_lr", "probe_momentum", "probe_views", "probe_data_dir"}  # may change until a task is finished
 SPLIT, LOCK = "split.pt", ".lock"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -106,14 +106,14 @@ def write_results(folder, block):
 class Run:
     """A run folder and all that must survive an interruption.
 
-    Its counters say where the run is: task, epoch, step (of the epoch), global_step; finished tasks, the accuracy matrix so
-    far, and the row of a random backbone; feature_std when the task began; the tasks after which features had collapsed.
+    Its counters say where the run is: task, epoch, step (of the epoch), global_step; finished tasks, the accuracy matrices so
+    far, and a random backbone's rows, by protocol; feature_std when the task began; the tasks after which features had collapsed.
     process: only rank 0 writes. data: what identifies images and tasks; indices: of the images of each task, kept in split.pt.
     Both are compared at resume.
     """
 
-    COUNTERS = {"task": 0, "epoch": 0, "step": 0, "global_step": 0, "finished": 0, "matrix": [], "random_row": None,
-                "online_matrix": [], "start_std": 0.0, "collapsed": []}  # fmt: skip
+    COUNTERS = {"task": 0, "epoch": 0, "step": 0, "global_step": 0, "finished": 0, "matrices": {}, "random_rows": {},
+                "start_std": 0.0, "collapsed": []}  # fmt: skip
 
     def __init__(self, arguments, data, indices, process):
         self.folder, self.main = Path(arguments["out_dir"]), process.main
@@ -146,7 +146,7 @@ class Run:
         protocol may still change, for instance to mend a probe that diverged."""
         compare_arguments(self.folder, arguments, self.arguments, FREE if self.finished else FREE | PROTOCOL)
         if any(arguments.get(name) != self.arguments[name] for name in PROTOCOL):
-            self.random_row = None
+            self.random_rows = {}
         if self.saved["data"] != self.data:
             raise RunError(f"{self.folder} was trained on other data, or on another split of it: the files have changed since")
 
