@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# CIFAR-100, class-incremental, with the paper's settings (ResNet-18, 500 epochs a task).
+# CIFAR-100, class-incremental, with the paper's settings (ResNet-18, 500 epochs a task) and the paper's online probe.
 #   bash run_cifar100.sh [METHOD] [REGULARIZER] [further flags of main_cssl.py]      default: moco pnr
 #   DATA=DIR   torchvision's files, or train/<class>/ and test/<class>/ (datasets; --download fetches it)
 #   OUT=DIR    the run folder (runs/cifar100-TASKS-METHOD-REGULARIZER); the same command again resumes it
@@ -22,4 +22,5 @@ case $METHOD in
   *)      fail "unknown method $METHOD: choose moco, simclr, barlow, byol, vicreg or falcon" ;;
 esac
 # shellcheck disable=SC2086
-launch --dataset cifar100 --scenario class --num_tasks "$TASKS" --epochs 500 --batch_size $BATCH $VIEWS $TABLE
+launch --dataset cifar100 --scenario class --num_tasks "$TASKS" --epochs 500 --batch_size $BATCH --online_probe released \
+  $VIEWS $TABLE

@@ -51,7 +51,7 @@ def test_settings(name, scenario, method):
     assert args.scenario == scenario and args.epochs == EPOCHS[name] and args.backbone == "resnet18" and args.width == 64
     assert args.dataset in name.replace("run_", "") and args.method == method and args.regularizer == "pnr"
     assert args.batch_size == (64 if method == "falcon" else 256) and args.eval == "linear"
-    assert args.probe_views == ("cached" if cifar else "augmented")
+    assert (args.probe_views, args.online_probe) == (("cached", "released") if cifar else ("augmented", "off"))
     assert args.weight_decay == (1e-5 if method == "byol" else 1e-4)
     for flag, values in (CIFAR if cifar else OTHER).items():
         assert getattr(args, flag) == values[method], flag
