@@ -1,12 +1,13 @@
-"""Continual self-supervised learning: trains one network on a sequence of unlabelled tasks and evaluates it after each.
+"""Continual self-supervised learning: trains one network on a sequence of unlabelled tasks and evaluates it
+after each.
 
 examples:
-    python main_cssl.py --backbone resnet10 --width 16 --image_size 16 --epochs 60 --batch_size 64 --moco_queue_size 256
-    python main_cssl.py --dataset cifar100 --data_dir DIR --download --regularizer pnr
+    python main_cssl.py --backbone resnet10 --width 16 --image_size 16 --epochs 60 --batch_size 64
+    --moco_queue_size 256 python main_cssl.py --dataset cifar100 --data_dir DIR --download --regularizer pnr
     torchrun --nproc_per_node 4 main_cssl.py ...      (batch size and learning rate stay those of one process)
 
-The same command again resumes a run. run_cifar100.sh holds the paper's settings. --method X --regularizer Y --help shows the
-flags of X and Y.
+The same command again resumes a run. run_cifar100.sh holds the paper's settings. --method X --regularizer Y
+--help shows the flags of X and Y.
 """
 
 import copy
@@ -23,7 +24,15 @@ from data import DataError
 from data.augment import ViewConfig
 from data.datasets import add_data_arguments, load_dataset
 from data.files import bar
-from data.loader import EVALUATION_BATCH, LABELLED, PROBED, Loader, evaluation_batches, evaluation_share, generator
+from data.loader import (
+    EVALUATION_BATCH,
+    LABELLED,
+    PROBED,
+    Loader,
+    evaluation_batches,
+    evaluation_share,
+    generator,
+)
 from data.scenarios import DEFAULT_TASKS, SCENARIOS, plan
 from data.stream import TIMEOUT, Crops, Stream, StreamLoader, close_all, evaluation_stream
 from losses import METHODS, REGULARIZERS
@@ -41,14 +50,18 @@ from utils.run import Run, Stopped, StopRequest, ignore_signals
 OPTIMIZERS = {"lars": LARS, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 KNOWN_ERRORS = {
     "DataLoader timed out": f"no images came for {TIMEOUT} s: does the disk of --data_dir answer?",
-    "DataLoader worker": "a worker process that decodes images was killed, as a system does that runs out of memory (or a "
+    "DataLoader worker": "a worker process that decodes images was killed, as a system does that runs out of "
+    "memory (or a "
     "container out of shared memory): lower --workers or --batch_size",
     **dict.fromkeys(
         ("closed by peer", "reset by peer", "remote process exited"),
         "another process of this run ended without a word, as one does that is killed or whose machine fails",
     ),
 }
-COLLAPSED = "the features have collapsed after {}: all images look alike to the network, and its accuracies say nothing; lower --lr"
+COLLAPSED = (
+    "the features have collapsed after {}: all images look alike to the network, and its accuracies say "
+    "nothing; lower --lr"
+)
 SHORT = 50  # epochs a task, below which the released schedule has no room for its warm-up
 STREAM_SIZE = 224  # of views of images that differ in size
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,9 +73,15 @@ def parse_arguments(argv=None):
     add = add_data_arguments(parser)
     add("--scenario", choices=SCENARIOS, default="class", help="what changes from task to task")
     add(
-        "--num_tasks", type="count", help="1 is joint training, the upper bound (default: 5; one per domain with --scenario domain)"
+        "--num_tasks",
+        type="count",
+        help="1 is joint training, the upper bound (default: 5; one per domain with --scenario domain)",
     )
-    add("--image_size", type="count", help="side of the views in pixels (default: that of the images; 224 if they differ in size)")
+    add(
+        "--image_size",
+        type="count",
+        help="side of the views in pixels (default: that of the images; 224 if they differ in size)",
+    )
     add("--min_scale", type="fraction", default=0.08, help="smallest share of the area that a crop keeps")
     pair = {"type": "fraction", "nargs": 2, "metavar": ("P1", "P2")}
     add("--blur_p", **pair, default=(0.0, 0.0), help="probability of blur in view 1 and view 2")
@@ -74,36 +93,85 @@ def parse_arguments(argv=None):
     add("--backbone", choices=BACKBONES, default="resnet18")
     add("--width", type="count", default=64, help="base channels; 16 teaches and tests quickly")
     add("--stem", choices=("auto", *STEMS), default="auto", help="first layers; auto: cifar up to 64 pixels")
-    add("--init_from", metavar="CKPT", help="a task0.pt (or a released checkpoint): skip training task 0 and start from it")
+    add(
+        "--init_from",
+        metavar="CKPT",
+        help="a task0.pt (or a released checkpoint): skip training task 0 and start from it",
+    )
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type="count", default=500, help="per task")
     add("--batch_size", type="count", default=256, help="global, over all processes")
-    add("--lr", type="positive", help="per 256 images: the rate used is lr x batch_size / 256 (default: the method's)")
+    add(
+        "--lr",
+        type="positive",
+        help="per 256 images: the rate used is lr x batch_size / 256 (default: the method's)",
+    )
     add("--optimizer", choices=OPTIMIZERS, help="(default: the method's; lars for all but falcon)")
     add("--weight_decay", type="weight", help="(default: the method's)")
-    add("--lr_schedule", choices=("epoch", "step"), help="when the rate is set: every epoch, as released, or every step (default: "
-        "epoch; step for falcon, and in runs under 50 epochs a task, which a jump of the rate can make collapse)")  # fmt: skip
-    add("--warmup_epochs", type="index", help="linear warm-up (default: 10, or a third of the epochs in runs under 50)")
+    add("--lr_schedule", choices=("epoch", "step"), help="when the rate is set: every epoch, as released, or "
+                                                         "every step (default: "
+        "epoch; step for falcon, and in runs under 50 epochs a task, which a jump of the rate can make "
+        "collapse)")  # fmt: skip
+    add(
+        "--warmup_epochs",
+        type="index",
+        help="linear warm-up (default: 10, or a third of the epochs in runs under 50)",
+    )
     add("--seed", type="index", default=5, help="of everything: class order, weights, sample order, views")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--precision", choices=PRECISIONS, help="autocast type (default: bf16 on CUDA, fp32 on CPU); losses are always fp32")
-    add("--compile", action="store_true", help="torch.compile: slower to start, faster steps; pays on long runs")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        help="autocast type (default: bf16 on CUDA, fp32 on CPU); losses are always fp32",
+    )
+    add(
+        "--compile",
+        action="store_true",
+        help="torch.compile: slower to start, faster steps; pays on long runs",
+    )
 
     add = parser.add_argument_group("evaluation and output").add_argument
-    add("--eval", choices=("linear", "knn", "none"), default="linear", help="after every task; knn is quick, linear is the papers'")
-    add("--probe_views", choices=("cached", "augmented"), default="cached", help="what the linear probe learns from: features made "
-        "once; or, as in the papers' offline evaluation, random crops and flips, which pass through the network anew in each of "
+    add(
+        "--eval",
+        choices=("linear", "knn", "none"),
+        default="linear",
+        help="after every task; knn is quick, linear is the papers'",
+    )
+    add("--probe_views", choices=("cached", "augmented"), default="cached", help="what the linear probe "
+                                                                                 "learns from: features made "
+        "once; or, as in the papers' offline evaluation, random crops and flips, which pass through the "
+        "network anew in each of "
         "the probe's 100 epochs")  # fmt: skip
-    add("--probe_lr", type="positive", help="of the linear probe (default: the method's); lower it if the probe diverges")
-    add("--probe_momentum", type="fraction", default=0.0, help="of the linear probe: 0 as in PNR's release, 0.9 as in CaSSLe's")
-    add("--online_probe", choices=("off", "clean", "released"), default="off", help="a linear classifier over all classes that "
-        "learns beside the network, as in the papers' CIFAR tables. clean: changes nothing of the training; released: as in the "
-        "papers' code, its images pass through the backbone (and that of the momentum network, where there is one) in training "
+    add(
+        "--probe_lr",
+        type="positive",
+        help="of the linear probe (default: the method's); lower it if the probe diverges",
+    )
+    add(
+        "--probe_momentum",
+        type="fraction",
+        default=0.0,
+        help="of the linear probe: 0 as in PNR's release, 0.9 as in CaSSLe's",
+    )
+    add("--online_probe", choices=("off", "clean", "released"), default="off", help="a linear classifier "
+                                                                                    "over all classes that "
+        "learns beside the network, as in the papers' CIFAR tables. clean: changes nothing of the training; "
+        "released: as in the "
+        "papers' code, its images pass through the backbone (and that of the momentum network, where there "
+        "is one) in training "
         "mode, so that running statistics see all classes, later ones too")  # fmt: skip
-    add("--online_lr", type="positive", help="of the online probe, whatever the batch size (default: the method's)")
-    add("--out_dir", help="the run's folder (default: runs/<dataset>-<scenario><tasks>-<method>-<regularizer>-seed<seed>)")
-    add("--save_every", type="interval", default="10m", help="steps (500) or time (90s, 10m, 1h) between checkpoints; also at each "
+    add(
+        "--online_lr",
+        type="positive",
+        help="of the online probe, whatever the batch size (default: the method's)",
+    )
+    add(
+        "--out_dir",
+        help="the run's folder (default: runs/<dataset>-<scenario><tasks>-<method>-<regularizer>-seed<seed>)",
+    )
+    add("--save_every", type="interval", default="10m", help="steps (500) or time (90s, 10m, 1h) between "
+                                                             "checkpoints; also at each "
         "epoch's end, unless saving would take over a tenth of the time")  # fmt: skip
     add("--log_every", type="count", default=50, help="steps between lines in metrics.jsonl and TensorBoard")
 
@@ -124,7 +192,8 @@ def parse_arguments(argv=None):
     if args.num_tasks is None and args.scenario != "domain":
         args.num_tasks = DEFAULT_TASKS
     if args.out_dir is None:
-        args.out_dir = f"runs/{args.dataset}-{args.scenario}{args.num_tasks or ''}-{args.method}-{args.regularizer}-seed{args.seed}"
+        tasks = f"{args.dataset}-{args.scenario}{args.num_tasks or ''}"
+        args.out_dir = f"runs/{tasks}-{args.method}-{args.regularizer}-seed{args.seed}"
     return args
 
 
@@ -149,13 +218,22 @@ def main(args):
     def report(kind, values):
         """A line of metrics, with what is worth watching beside the losses; on the terminal the speed too."""
         z = out.z[0].detach()
-        values = {**values, "lr": lr, "ema_tau": method.ema_tau, "feature_std": spread(z), "z_norm": float(z.norm(dim=1).mean())}
+        values = {
+            **values,
+            "lr": lr,
+            "ema_tau": method.ema_tau,
+            "feature_std": spread(z),
+            "z_norm": float(z.norm(dim=1).mean()),
+        }
         run.log.metrics(kind, run.global_step, values, task=task, epoch=epoch)
-        run.log.scalars("speed", run.global_step, speed := {**clock.read(), "skipped_images": len(loader.skipped)})
+        run.log.scalars(
+            "speed", run.global_step, speed := {**clock.read(), "skipped_images": len(loader.skipped)}
+        )
         progress.say(values["loss"], lr, speed["images_per_second"], speed["data_wait_share"])
         if values["feature_std"] < run.start_std / 10:
             fall = f"from {run.start_std:.2g} to {values['feature_std']:.2g} since the task began"
-            progress.warn(f"the spread of the projections (feature_std) fell {fall}, task {task}: they are collapsing; more "
+            progress.warn(f"the spread of the projections (feature_std) fell {fall}, task {task}: they are "
+                          "collapsing; more "
                           "--warmup_epochs or a lower --lr prevents that")  # fmt: skip
             run.start_std = 0.0  # said once a task
 
@@ -175,12 +253,16 @@ def main(args):
         run.restore(**parts)
         model = wrap(learner, process, args.compile)
         clock.restart()
-        progress = Progress(task, args.num_tasks, epochs, loader.steps, run.epoch * loader.steps + run.step, process.main)
+        progress = Progress(
+            task, args.num_tasks, epochs, loader.steps, run.epoch * loader.steps + run.step, process.main
+        )
 
         with stop.deferred():
             for epoch in range(run.epoch, epochs):
                 labelled = (
-                    repeat(None) if learner.online is None else labelled_loaders[task].labelled(probe.labels, epoch, run.step)
+                    repeat(None)
+                    if learner.online is None
+                    else labelled_loaders[task].labelled(probe.labels, epoch, run.step)
                 )
                 batches = zip(loader.epoch(epoch, run.step), labelled)
                 for (view1, view2), labelled_batch in clock.watch(batches, args.batch_size):
@@ -230,8 +312,9 @@ def main(args):
 
 
 def build_data(args, process):
-    """ImageSets to train on, to train classifiers on and to test on, in memory on the device, and the Tasks; settles
-    --image_size, --stem, --precision and --num_tasks where left open, and --eval where there is nothing to evaluate with."""
+    """ImageSets to train on, to train classifiers on and to test on, in memory on the device, and the Tasks;
+    settles --image_size, --stem, --precision and --num_tasks where left open, and --eval where there is
+    nothing to evaluate with."""
     train, probe, test = process.first(lambda: load_dataset(args))
     process.agree(False, True)  # all ranks have opened the caches
     args.image_size = args.image_size or (STREAM_SIZE if train.streams else train.images.shape[-1])
@@ -253,22 +336,30 @@ def build_loaders(args, process, train, tasks):
     if args.batch_size < 2:
         raise RunError("--batch_size 1: batch norms and losses compare the images of a batch; use at least 2")
     if args.batch_size % process.world:
-        raise RunError(f"--batch_size {args.batch_size} is that of all processes and does not divide by {process.world}: change it")
+        raise RunError(
+            f"--batch_size {args.batch_size} is that of all processes and does not divide by "
+            f"{process.world}: change it"
+        )
     views = [ViewConfig(args.image_size, args.min_scale, *p) for p in zip(args.blur_p, args.solarize_p)]
     kind, images = Loader, train.images
     if train.streams:
         crops = Crops(images, args.image_size, [view.min_scale for view in views])
         kind, images = StreamLoader, Stream(crops, args.workers, process.device, args.skip_corrupt)
     shared = (args.batch_size, views, train.mean, train.std, args.seed)
-    return [kind(images, part, *shared, task, process.rank, process.world) for task, part in enumerate(tasks.train)]
+    return [
+        kind(images, part, *shared, task, process.rank, process.world)
+        for task, part in enumerate(tasks.train)
+    ]
 
 
 def build_labelled_loaders(args, process, probe, loaders):
-    """For the online probe: beside each task's Loader one that serves all labelled images, under view 2's augmentation."""
+    """For the online probe: beside each task's Loader one that serves all labelled images, under view 2's
+    augmentation."""
     if args.online_probe == "off":
         return []
     if probe is None:
-        raise DataError(f"--online_probe {args.online_probe}: {args.data_dir} has no labels in train/ and test/: pass "
+        raise DataError(f"--online_probe {args.online_probe}: {args.data_dir} has no labels in train/ and "
+                        "test/: pass "
                         "--probe_data_dir DIR with both, or --online_probe off")  # fmt: skip
     view = ViewConfig(args.image_size, args.min_scale, args.blur_p[1], args.solarize_p[1])
     kind, images = Loader, probe.images
@@ -278,12 +369,14 @@ def build_labelled_loaders(args, process, probe, loaders):
     known = (probe.labels >= 0).nonzero()[:, 0].cpu()
     shared = (known, args.batch_size, [view], probe.mean, probe.std, args.seed)
     ranks = (process.rank, process.world)
-    return [kind(images, *shared, LABELLED + task, *ranks, loader.steps) for task, loader in enumerate(loaders)]
+    return [
+        kind(images, *shared, LABELLED + task, *ranks, loader.steps) for task, loader in enumerate(loaders)
+    ]
 
 
 def build_learner(args, process, probe=None):
-    """Backbone, method, regulariser and online probe as the flags say, with weights from the seed, channels_last on the device.
-    probe: the ImageSet that classifiers are trained on."""
+    """Backbone, method, regulariser and online probe as the flags say, with weights from the seed,
+    channels_last on the device. probe: the ImageSet that classifiers are trained on."""
     torch.manual_seed(args.seed)
     method = METHODS[args.method](build_backbone(args.backbone, args.width, args.stem), args)
     regularizer, online = REGULARIZERS[args.regularizer](args), None
@@ -295,7 +388,13 @@ def build_learner(args, process, probe=None):
 
 def build_optimizer(args, learner):
     probe = [] if learner.online is None else list(learner.online.parameters())
-    groups = [{"params": [p for p in learner.parameters() if p.requires_grad and all(p is not own for own in probe)]}]
+    groups = [
+        {
+            "params": [
+                p for p in learner.parameters() if p.requires_grad and all(p is not own for own in probe)
+            ]
+        }
+    ]
     if probe:
         groups.append({"params": probe, "lr": args.online_lr, "weight_decay": 0.0})
     options = {"lr": args.lr * args.batch_size / 256, "weight_decay": args.weight_decay, "fused": True}
@@ -317,7 +416,8 @@ def set_lr(optimizer, args, epoch, step, steps):
 
 
 def wrap(learner, process, compiled):
-    """What the loop calls: the learner, compiled where asked for, inside DDP where there are several processes."""
+    """What the loop calls: the learner, compiled where asked for, inside DDP where there are several
+    processes."""
     if compiled:
         learner.compile()
     if process.world == 1:
@@ -326,15 +426,22 @@ def wrap(learner, process, compiled):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch rename broadcast_buffers
         # buffers (queues, running statistics) are the same on every rank by construction
-        return DistributedDataParallel(learner, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            learner, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
 
 def frozen_features(args, process, backbone, images, epoch=None):
-    """Of the images of an ImageSet that are this rank's share: features float32 [n, F], and labels. epoch: of a linear probe that
-    learns from augmented views; None: plain images."""
+    """Of the images of an ImageSet that are this rank's share: features float32 [n, F], and labels. epoch: of
+    a linear probe that learns from augmented views; None: plain images."""
     share = evaluation_share(len(images.labels), process.rank, process.world)
     count, first = share.stop - share.start, share.start // EVALUATION_BATCH
-    setting = (args.image_size, images.mean, images.std, None if epoch is None else (args.seed, PROBED, epoch))
+    setting = (
+        args.image_size,
+        images.mean,
+        images.std,
+        None if epoch is None else (args.seed, PROBED, epoch),
+    )
     if not count:
         batches = ()
     elif images.streams:
@@ -348,9 +455,9 @@ def frozen_features(args, process, backbone, images, epoch=None):
 
 
 def accuracies(args, process, backbone, probe, tested, tasks):
-    """Rows of a[k][t], the accuracy on each task, by the protocol args.eval: "" that of one classifier; where domains are probed
-    linearly, "linear_per_domain" that of one for each domain, which learns from its own images. tested: the test images'
-    features and labels, as frozen_features gives them."""
+    """Rows of a[k][t], the accuracy on each task, by the protocol args.eval: "" that of one classifier; where
+    domains are probed linearly, "linear_per_domain" that of one for each domain, which learns from its own
+    images. tested: the test images' features and labels, as frozen_features gives them."""
     augmented = args.eval == "linear" and args.probe_views == "augmented"
     cached, labels = frozen_features(args, process, backbone, probe, 0 if augmented else None)
     known, test_y = labels >= 0, process.gather(tested[1])
@@ -361,7 +468,12 @@ def accuracies(args, process, backbone, probe, tested, tasks):
         return frozen_features(args, process, backbone, probe, epoch)[0] if augmented and epoch else cached
 
     parts = [known]
-    if args.eval == "linear" and args.scenario == "domain" and probe.domains is not None and len(tasks.names) > 1:
+    if (
+        args.eval == "linear"
+        and args.scenario == "domain"
+        and probe.domains is not None
+        and len(tasks.names) > 1
+    ):
         share = evaluation_share(len(probe.labels), process.rank, process.world)
         own = probe.domains[share].to(labels.device)
         parts += [known & (own == domain) for domain in range(len(tasks.names))]
@@ -375,7 +487,8 @@ def accuracies(args, process, backbone, probe, tested, tasks):
 
 
 def evaluate_task(args, process, run, learner, probe, test, tasks):
-    """Adds the rows of the task to the matrices of the run, and publishes these and the collapse monitors of the test features."""
+    """Adds the rows of the task to the matrices of the run, and publishes these and the collapse monitors of
+    the test features."""
     backbone = learner.method.backbone
     tested = frozen_features(args, process, backbone, test)
     rows = accuracies(args, process, backbone, probe, tested, tasks) if args.eval != "none" else {}
@@ -396,20 +509,30 @@ def evaluate_task(args, process, run, learner, probe, test, tasks):
 
 
 def blocks(args, run):
-    """What results.json says of the protocols that are evaluated while training, by name; "" is that of --eval."""
+    """What results.json says of the protocols that are evaluated while training, by name; "" is that of
+    --eval."""
     return {
-        name: evaluate.summary(matrix, args.num_tasks, evaluate.protocol_name(args, name), run.random_rows.get(name))
+        name: evaluate.summary(
+            matrix, args.num_tasks, evaluate.protocol_name(args, name), run.random_rows.get(name)
+        )
         for name, matrix in run.matrices.items()
     }
 
 
 def save_network(run, learner):
-    """taskN.pt: the backbone under torchvision's names, the rest of the method as heads, and the online probe's classifier."""
+    """taskN.pt: the backbone under torchvision's names, the rest of the method as heads, and the online
+    probe's classifier."""
     state = learner.method.state_dict()
     backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
     heads = {k: v for k, v in state.items() if not k.startswith("backbone.")}
     if run.main:
-        network = {"backbone": backbone, "heads": heads, "config": run.arguments, "task": run.task, "tasks": run.data["tasks"]}
+        network = {
+            "backbone": backbone,
+            "heads": heads,
+            "config": run.arguments,
+            "task": run.task,
+            "tasks": run.data["tasks"],
+        }
         if learner.online is not None:
             network["online"] = learner.online.state_dict()
         checkpoint.save(run.folder / f"task{run.task}.pt", network)
@@ -421,32 +544,51 @@ def print_settings(args, process, train, tasks, loaders, learner, run):
     rate = args.lr * args.batch_size / 256
     resumed = f" (resumed at task {run.task}, epoch {run.epoch}, step {run.step})" if run.resumed else ""
     print(
-        f"{args.method} + {args.regularizer}, {args.backbone} with {args.stem} stem, {millions:.1f} M parameters\n"
+        f"{args.method} + {args.regularizer}, {args.backbone} with {args.stem} stem, {millions:.1f} M "
+        "parameters\n"
         f"{process.world} x {process.device}, {args.precision}, torch {torch.__version__}\n"
-        f"{args.dataset}, {args.scenario}-incremental: {len(loaders)} tasks of {sizes} images, {args.image_size} px, "
+        f"{args.dataset}, {args.scenario}-incremental: {len(loaders)} tasks of {sizes} images, "
+        f"{args.image_size} px, "
         f"{args.epochs} epochs a task\n"
-        f"global batch {args.batch_size}, lr {rate:g} (= {args.lr:g} x {args.batch_size} / 256), weight decay "
+        f"global batch {args.batch_size}, lr {rate:g} (= {args.lr:g} x {args.batch_size} / 256), weight "
+        "decay "
         f"{args.weight_decay:g}, {args.warmup_epochs} epochs of warm-up, seed {args.seed}\n"
         f"run folder: {run.folder}{resumed}",
         flush=True,
     )
     if tasks.test is None:
-        print(f"no evaluation: {args.data_dir} has no labels in train/ and test/; --probe_data_dir names labelled images, now or "
+        print(f"no evaluation: {args.data_dir} has no labels in train/ and test/; --probe_data_dir names "
+              "labelled images, now or "
               "later with main_linear.py")  # fmt: skip
     if args.online_probe != "off":
-        where = {"clean": "the backbone in eval mode", "released": "the backbone in training mode"}[args.online_probe]
+        where = {"clean": "the backbone in eval mode", "released": "the backbone in training mode"}[
+            args.online_probe
+        ]
         if args.online_probe == "released":
-            where += ", and the momentum network's" if learner.method.ema else f" ({args.method} has no momentum network)"
-        print(f"online probe, lr {args.online_lr:g}: labelled images of all tasks pass through {where}", flush=True)
+            where += (
+                ", and the momentum network's"
+                if learner.method.ema
+                else f" ({args.method} has no momentum network)"
+            )
+        print(
+            f"online probe, lr {args.online_lr:g}: labelled images of all tasks pass through {where}",
+            flush=True,
+        )
     if train.domain_names:
         print(f"domains: {', '.join(train.domain_names)}", flush=True)
 
 
 def print_results(run, args, skipped):
     for block in blocks(args, run).values():
-        print(f"\naccuracy (%), {block['protocol']}\n{evaluate.format_matrix(block['matrix'])}\n{evaluate.format_summary(block)}")
+        print(
+            f"\naccuracy (%), "
+            f"{block['protocol']}\n{evaluate.format_matrix(block['matrix'])}\n{evaluate.format_summary(block)}"
+        )
     if skipped:
-        print(f"{len(skipped)} training images could not be read and were skipped: python -m data.check lists such files")
+        print(
+            f"{len(skipped)} training images could not be read and were skipped: python -m data.check lists "
+            "such files"
+        )
     if run.collapsed:
         print(f"warning: {COLLAPSED.format('task ' + ', '.join(map(str, run.collapsed)))}", file=sys.stderr)
     state = "has ended in a collapse" if run.collapsed else "is complete"
@@ -454,7 +596,8 @@ def print_results(run, args, skipped):
 
 
 def report_errors(function, name):
-    """The exit status of function(), or 0: a user's error is one line and status 2, an interruption one line and 128 + the signal.
+    """The exit status of function(), or 0: a user's error is one line and status 2, an interruption one line
+    and 128 + the signal.
 
     Of many ranks the first one that fails speaks: what ends the others is that it has gone.
     """
@@ -480,13 +623,19 @@ def explain(error):
     """Exit status and one line for an error; no line where only a traceback can say what it is."""
     if isinstance(error, Stopped):
         number = error.args[0]
-        return 128 + number, f"stopped by {number.name}; what was saved is safe: run the same command again to go on"
+        return (
+            128 + number,
+            f"stopped by {number.name}; what was saved is safe: run the same command again to go on",
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return 2, f"error: {error}; free some space and run the same command again"
     if isinstance(error, (DataError, MethodError, RunError, OSError)):
         return 2, f"error: {error}"
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return 2, "error: out of memory: lower --batch_size, --image_size, --width or the size of queue or heads"
+        return (
+            2,
+            "error: out of memory: lower --batch_size, --image_size, --width or the size of queue or heads",
+        )
     for words, advice in KNOWN_ERRORS.items():
         if isinstance(error, RuntimeError) and words in str(error):
             return 2, f"error: {advice}; what was saved is safe: the same command again goes on"

@@ -1,10 +1,12 @@
-"""Views per second of this project's augmentation, of torchvision's per image (PIL) and of Kornia's per batch, on one CPU core.
+"""Views per second of this project's augmentation, of torchvision's per image (PIL) and of Kornia's per
+batch, on one CPU core.
 
     python benchmarks/augment.py --batch_size 256 --size 32 --repeats 20
 
-A repeat makes both views of one batch with the CIFAR-100 settings, random parameters included, from what each pipeline
-likes best (uint8 tensors; PIL images) to a normalised float batch. The contenders take turns, so that a busy machine slows
-them all alike, and the median repeat counts. Kornia is left out where it is not installed.
+A repeat makes both views of one batch with the CIFAR-100 settings, random parameters included, from what each
+pipeline likes best (uint8 tensors; PIL images) to a normalised float batch. The contenders take turns, so
+that a busy machine slows them all alike, and the median repeat counts. Kornia is left out where it is not
+installed.
 """
 
 import argparse
@@ -34,7 +36,9 @@ TAPS = 2 * BLUR_RADIUS + 1
 def ours(images, views):
     """This project's pipeline; images: uint8 [N, 3, H, W]."""
     rng = generator(0)
-    return lambda: [make_view(images, draw(v, len(images), *images.shape[2:], rng), v, *CIFAR_STATS) for v in views]
+    return lambda: [
+        make_view(images, draw(v, len(images), *images.shape[2:], rng), v, *CIFAR_STATS) for v in views
+    ]
 
 
 def per_image(images, views):
@@ -60,12 +64,15 @@ def per_image(images, views):
 
 
 def per_batch(images, views):
-    """Kornia's transforms on the whole batch, in its fastest form: it resizes without the antialiasing of the other two."""
+    """Kornia's transforms on the whole batch, in its fastest form: it resizes without the antialiasing of the
+    other two."""
     K = kornia.augmentation
 
     def pipeline(v):
         return torch.nn.Sequential(
-            K.RandomResizedCrop((v.size, v.size), (v.min_scale, 1.0), resample="BICUBIC", cropping_mode="resample"),
+            K.RandomResizedCrop(
+                (v.size, v.size), (v.min_scale, 1.0), resample="BICUBIC", cropping_mode="resample"
+            ),
             K.ColorJitter(v.brightness, v.contrast, v.saturation, v.hue, p=v.jitter_p),
             K.RandomGrayscale(p=v.grey_p),
             *([K.RandomGaussianBlur(TAPS, BLUR_SIGMA, p=v.blur_p)] if v.blur_p else []),
@@ -102,8 +109,14 @@ def main():
                 if repeat:  # the first one warms up
                     seconds[name].append(time.perf_counter() - start)
     rate = {name: 2 * args.batch_size / statistics.median(s) for name, s in seconds.items()}
-    print(f"batch {args.batch_size}, {args.size}x{args.size}, blur {args.blur_p:g}, median of {args.repeats} repeats, one core")
-    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, kornia {kornia.__version__ if kornia else '-'}")
+    print(
+        f"batch {args.batch_size}, {args.size}x{args.size}, blur {args.blur_p:g}, median of {args.repeats} "
+        "repeats, one core"
+    )
+    print(
+        f"torch {torch.__version__}, torchvision {torchvision.__version__}, kornia "
+        f"{kornia.__version__ if kornia else '-'}"
+    )
     print(f"{'':18}{'views/s':>10}{'ours is':>10}")
     for name, r in rate.items():
         print(f"{name:18}{r:10,.0f}{rate['this project'] / r:9.1f}x")

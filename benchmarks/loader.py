@@ -1,11 +1,13 @@
-"""Images per second from JPEG files to two normalised float views: this project's loader, without and with its disk cache, and
-torchvision's ImageFolder with a two-crop pipeline on PIL images in a DataLoader with the same number of workers.
+"""Images per second from JPEG files to two normalised float views: this project's loader, without and with
+its disk cache, and torchvision's ImageFolder with a two-crop pipeline on PIL images in a DataLoader with the
+same number of workers.
 
     python benchmarks/loader.py --workers 2
 
-The files are made up (500x375 pixels by default) and read from the page cache of the machine. Every round is one epoch over
-all of them; the contenders take turns, so that a busy machine slows them all alike, and the median round counts. Then the parts
-are timed apart, on one core. With a GPU the colours and the blur of this project's views are its work.
+The files are made up (500x375 pixels by default) and read from the page cache of the machine. Every round is
+one epoch over all of them; the contenders take turns, so that a busy machine slows them all alike, and the
+median round counts. Then the parts are timed apart, on one core. With a GPU the colours and the blur of this
+project's views are its work.
 """
 
 import argparse
@@ -57,7 +59,12 @@ def pil_parts(blur_p, solarize_p, size):
         "crop": [T.RandomResizedCrop(size, (v.min_scale, 1), interpolation=T.InterpolationMode.BICUBIC)],
         "colour": [jitter, T.RandomGrayscale(v.grey_p)],
         "blur": [blur],
-        "rest": [T.RandomSolarize(128, solarize_p), T.RandomHorizontalFlip(v.flip_p), T.ToTensor(), T.Normalize(*IMAGENET_STATS)],
+        "rest": [
+            T.RandomSolarize(128, solarize_p),
+            T.RandomHorizontalFlip(v.flip_p),
+            T.ToTensor(),
+            T.Normalize(*IMAGENET_STATS),
+        ],
     }
 
 
@@ -65,7 +72,9 @@ class TwoViews:
     """torchvision's transforms, twice on one PIL image."""
 
     def __init__(self, size):
-        self.pipelines = [T.Compose([f for part in pil_parts(*p, size).values() for f in part]) for p in VIEWS]
+        self.pipelines = [
+            T.Compose([f for part in pil_parts(*p, size).values() for f in part]) for p in VIEWS
+        ]
 
     def __call__(self, image):
         return [pipeline(image) for pipeline in self.pipelines]
@@ -95,7 +104,9 @@ def ours(root, args, device, cache):
     train = load_dataset(flags)[0]
     views = [ViewConfig(args.image_size, blur_p=b, solarize_p=s) for b, s in VIEWS]
     stream = Stream(Crops(train.images, args.image_size, [v.min_scale for v in views]), args.workers, device)
-    loader = StreamLoader(stream, torch.arange(len(train.labels)), args.batch_size, views, *IMAGENET_STATS, 0, 0)
+    loader = StreamLoader(
+        stream, torch.arange(len(train.labels)), args.batch_size, views, *IMAGENET_STATS, 0, 0
+    )
     return lambda number: sum(len(view1) for view1, view2 in loader.epoch(number))
 
 
@@ -117,7 +128,9 @@ def time_parts(root, size):
     tensors, pictures = [decode(p) for p in paths], [Image.open(p).convert("RGB") for p in paths]
     parts = {"decode": (seconds(decode, paths), seconds(lambda p: Image.open(p).convert("RGB"), paths))}
 
-    boxes = torch.stack(augment.draw_boxes(2, *tensors[0].shape[1:], 0.08, generator(0)), dim=1).int().tolist()
+    boxes = (
+        torch.stack(augment.draw_boxes(2, *tensors[0].shape[1:], 0.08, generator(0)), dim=1).int().tolist()
+    )
     views = [pil_parts(*p, size) for p in VIEWS]
 
     def pil(part, pictures):
@@ -180,9 +193,13 @@ def main():
                 if number:  # the first one starts the workers
                     rates[name].append(count / (time.perf_counter() - start))
         parts = time_parts(root, args.image_size)
-    print(f"{args.images} JPEG files of {args.width}x{args.height}, two views of {args.image_size} px, batch {args.batch_size}")
     print(
-        f"{args.workers} workers, {args.threads} thread(s) beside them, {os.cpu_count()} cores, {device.type}, {args.rounds} rounds"
+        f"{args.images} JPEG files of {args.width}x{args.height}, two views of {args.image_size} px, batch "
+        f"{args.batch_size}"
+    )
+    print(
+        f"{args.workers} workers, {args.threads} thread(s) beside them, {os.cpu_count()} cores, "
+        f"{device.type}, {args.rounds} rounds"
     )
     print(f"torch {torch.__version__}, torchvision {torchvision.__version__}")
     base = statistics.median(rates["ImageFolder, PIL, DataLoader"])

@@ -1,10 +1,12 @@
 """Times one training step of a later task, part by part, and against fine-tuning, on random images.
 
-    python benchmarks/step.py --backbone resnet18 --image_size 32 --batch_size 256 --precision bf16 [--compile]
-    python benchmarks/step.py --backbone resnet10 --width 16 --image_size 16 --batch_size 64 --moco_queue_size 4096
+    python benchmarks/step.py --backbone resnet18 --image_size 32 --batch_size 256 --precision bf16
+    [--compile] python benchmarks/step.py --backbone resnet10 --width 16 --image_size 16 --batch_size 64
+    --moco_queue_size 4096
 
-Takes every flag of main_cssl.py that shapes a step. The parts are timed one after the other, waiting for the device in between;
-the images/s of the regulariser and of fine-tuning are of undisturbed steps, a few of each in turn, medians of all rounds.
+Takes every flag of main_cssl.py that shapes a step. The parts are timed one after the other, waiting for the
+device in between; the images/s of the regulariser and of fine-tuning are of undisturbed steps, a few of each
+in turn, medians of all rounds.
 """
 
 import copy
@@ -44,11 +46,15 @@ class Trial:
         self.learner.begin_task(1, self.device)
         self.optimizer = main_cssl.build_optimizer(args, self.learner)
         self.model = main_cssl.wrap(self.learner, process, args.compile)
-        images = torch.randint(0, 256, (4 * args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8)
+        images = torch.randint(
+            0, 256, (4 * args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8
+        )
         views = [ViewConfig(args.image_size, args.min_scale, *p) for p in zip(args.blur_p, args.solarize_p)]
         statistic = ((0.5,) * 3, (0.25,) * 3)
         key = (args.seed, 1, process.rank, process.world)
-        loader = Loader(images.to(self.device), torch.arange(len(images)), args.batch_size, views, *statistic, *key)
+        loader = Loader(
+            images.to(self.device), torch.arange(len(images)), args.batch_size, views, *statistic, *key
+        )
         self.views = (pair for epoch in range(10**6) for pair in loader.epoch(epoch))
 
     def step(self):
@@ -71,7 +77,9 @@ class Trial:
             return result
 
         def cast(function):
-            with torch.autocast(self.device.type, learner.autocast_dtype, enabled=learner.autocast_dtype is not None):
+            with torch.autocast(
+                self.device.type, learner.autocast_dtype, enabled=learner.autocast_dtype is not None
+            ):
                 return function()
 
         views = timed("data", lambda: next(self.views))
@@ -98,9 +106,16 @@ def main(flags):
     baseline.regularizer = "finetune"
     trial, plain = Trial(args, process), Trial(baseline, process)
     rows = [trial.parts() for _ in range(ROUNDS + 2)][2:]
-    device = torch.cuda.get_device_name() if process.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name()
+        if process.device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     compiled = ", compiled" if args.compile else ""
-    print(f"{args.method} + {args.regularizer}, {args.backbone} width {args.width}, {args.image_size} px, batch {args.batch_size}")
+    print(
+        f"{args.method} + {args.regularizer}, {args.backbone} width {args.width}, {args.image_size} px, "
+        f"batch {args.batch_size}"
+    )
     print(f"{args.precision}{compiled}, {device}, torch {torch.__version__}")
     for name in rows[0]:
         print(f"{name:24s} {1e3 * statistics.median(row[name] for row in rows):9.2f} ms")
@@ -112,7 +127,10 @@ def main(flags):
             times[t].append(seconds(t.device, lambda t=t: [t.step() for _ in range(STEPS)])[0] / STEPS)
     for t in times:
         median = statistics.median(times[t])
-        print(f"{'step, ' + t.args.regularizer:24s} {1e3 * median:9.2f} ms   {t.args.batch_size / median:9.0f} images/s")
+        print(
+            f"{'step, ' + t.args.regularizer:24s} {1e3 * median:9.2f} ms   {t.args.batch_size / median:9.0f} "
+            "images/s"
+        )
     ratio = statistics.median(a / b for a, b in zip(*times.values()))
     print(f"{args.regularizer} / finetune       {ratio:9.2f}")
 

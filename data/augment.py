@@ -1,12 +1,15 @@
 """The two views of a batch, made for the whole batch at once, on the device that holds the images.
 
-`draw` turns a torch.Generator into per-sample parameters on the CPU (so that a GPU sees the same views as a CPU, and nothing
-has to be read back from the device); `make_view` applies them. The operations follow torchvision's, with these choices:
+`draw` turns a torch.Generator into per-sample parameters on the CPU (so that a GPU sees the same views as a
+CPU, and nothing has to be read back from the device); `make_view` applies them. The operations follow
+torchvision's, with these choices:
 
-* The crop is resized with PIL's antialiased bicubic filter. Crop, resize and flip are one linear map per axis, so a view is
+* The crop is resized with PIL's antialiased bicubic filter. Crop, resize and flip are one linear map per
+axis, so a view is
   two batched matrix products, and the result is clamped to [0, 1] once.
 * The order of the four colour-jitter operations is drawn once per view and step, not once per sample.
-* Blur uses 13 taps (three standard deviations at the largest sigma), fewer in tiny images, with reflected borders.
+* Blur uses 13 taps (three standard deviations at the largest sigma), fewer in tiny images, with reflected
+borders.
 """
 
 from dataclasses import dataclass
@@ -39,7 +42,8 @@ class ViewConfig:
 
 @dataclass
 class ViewParams:
-    """Per-sample parameters of one view, [N] each, on the CPU; a sample without an operation holds its neutral value."""
+    """Per-sample parameters of one view, [N] each, on the CPU; a sample without an operation holds its
+    neutral value."""
 
     top: torch.Tensor | None  # crop box, pixels; None where the images are crops already
     left: torch.Tensor
@@ -63,8 +67,8 @@ class ViewParams:
 
 
 def draw(config, count, height, width, generator):
-    """Parameters for one view of `count` images of height x width pixels, from a CPU generator; without boxes where height
-    is None, for images that are crops already."""
+    """Parameters for one view of `count` images of height x width pixels, from a CPU generator; without boxes
+    where height is None, for images that are crops already."""
     u = torch.rand(10, count, generator=generator)
     top = left = box_height = box_width = None
     if height is not None:
@@ -100,7 +104,8 @@ def draw_boxes(count, height, width, min_scale, generator):
 
 
 def boxes(u, height, width, min_scale):
-    """Boxes of torchvision's RandomResizedCrop (scale min_scale-1, ratio 3/4-4/3): top, left, height, width, [N] each.
+    """Boxes of torchvision's RandomResizedCrop (scale min_scale-1, ratio 3/4-4/3): top, left, height, width,
+    [N] each.
 
     u: uniform random numbers [4, N, CROP_TRIES]; height, width: [N], pixels.
     """
@@ -122,7 +127,8 @@ def boxes(u, height, width, min_scale):
 
 
 def fallback_boxes(height, width):
-    """Height and width of the largest box with a ratio in 3/4-4/3, in images of height x width pixels, [N] each."""
+    """Height and width of the largest box with a ratio in 3/4-4/3, in images of height x width pixels, [N]
+    each."""
     ratio = width / height
     tall = (width.double() / (3 / 4)).round().float()
     wide = (height.double() * (4 / 3)).round().float()
@@ -132,16 +138,19 @@ def fallback_boxes(height, width):
 def make_view(images, params, config, mean, std):
     """One normalised view of every image.
 
-    images: uint8 [N, 3, H, W] on any device, or crops [N, 3, size, size]; params: ViewParams of the same N, without boxes for
-    crops; mean, std: three floats each.
-    Returns float32 [N, 3, size, size], channels_last.
+    images: uint8 [N, 3, H, W] on any device, or crops [N, 3, size, size]; params: ViewParams of the same N,
+    without boxes for crops; mean, std: three floats each. Returns float32 [N, 3, size, size], channels_last.
     """
     device, size = images.device, config.size
     view = torch.empty(len(images), 3, size, size, device=device, memory_format=torch.channels_last)
     chunk = min(64, max(4, CHUNK_PIXELS // size**2)) if device.type == "cpu" else max(len(images), 1)
     for start in range(0, len(images), chunk):
         part = slice(start, start + chunk)
-        x = flip_crops(images[part], params[part]) if params.top is None else crop_resize(images[part], params[part], size)
+        x = (
+            flip_crops(images[part], params[part])
+            if params.top is None
+            else crop_resize(images[part], params[part], size)
+        )
         view[part] = normalize(distort(x, params[part]), mean, std)
     return view
 
@@ -172,7 +181,8 @@ def crop_resize(images, params, size):
 def resize_weights(start, length, in_size, out_size, device, flip=None):
     """Weights [N, out_size, in_size] that cut [start, start + length) from an axis and resize it to out_size.
 
-    PIL's antialiased bicubic (a = -0.5): the filter widens with the scale and is renormalised at the box's borders.
+    PIL's antialiased bicubic (a = -0.5): the filter widens with the scale and is renormalised at the box's
+    borders.
     """
     start, length = (t.to(device, non_blocking=True).view(-1, 1, 1) for t in (start, length))
     scale = length / out_size
@@ -186,14 +196,16 @@ def resize_weights(start, length, in_size, out_size, device, flip=None):
     t = (position - out * scale).div_(scale.clamp(min=1)).abs_()
     u = (2 - t).clamp_(min=0)
     v = (1 - t).clamp_(min=0)
-    # the cubic kernel as a sum of two truncated pieces: u^2 (u - 1) / 2 on |t| < 2 and v^2 (1 - 2 v) on |t| < 1
+    # the cubic kernel as a sum of two truncated pieces: u^2 (u - 1) / 2 on |t| < 2 and v^2 (1 - 2 v) on |t| <
+    # 1
     weights = (u * u).mul_((u - 1).mul_(0.5)).add_((v * v).mul_(1 - 2 * v))
     weights *= (position > 0) & (position < length)
     return weights.div_(weights.sum(dim=2, keepdim=True))
 
 
 def distort(x, params):
-    """Colour jitter, grey, blur, solarise, in place and only on the samples that drew them. x: float [N, 3, S, S] in [0, 1]."""
+    """Colour jitter, grey, blur, solarise, in place and only on the samples that drew them. x: float [N, 3,
+    S, S] in [0, 1]."""
     ops = {"brightness": brightness_, "contrast": contrast_, "saturation": saturation_, "hue": hue_}
 
     def jitter(part):
@@ -210,7 +222,8 @@ def distort(x, params):
 
 
 def on_samples(x, mask, function):
-    """Replaces x[mask] by function(x[mask]); the mask is on the CPU, so its indices are known without asking the device."""
+    """Replaces x[mask] by function(x[mask]); the mask is on the CPU, so its indices are known without asking
+    the device."""
     index = mask.nonzero()[:, 0]
     if len(index) == len(x):
         return function(x)
@@ -248,13 +261,14 @@ def hue_(x, shift):
     low = torch.minimum(torch.minimum(red, green), blue)
     chroma = high - low
     inverse = 1 / chroma.clamp(min=1e-8)
-    # the hue in sixths of a turn, measured from whichever channel is largest (red before green before blue on ties); lerp with
-    # weights 0 and 1 chooses, several times faster than torch.where on a CPU
+    # the hue in sixths of a turn, measured from whichever channel is largest (red before green before blue on
+    # ties); lerp with weights 0 and 1 chooses, several times faster than torch.where on a CPU
     hue = (red - green).mul_(inverse).add_(4)
     hue = hue.lerp_((blue - red).mul_(inverse).add_(2), green.clone().eq_(high))
     hue = hue.lerp_((green - blue).mul_(inverse), red.clone().eq_(high)).add_(6 * shift[:, 0])
     hue.sub_((hue / 6).floor_().mul_(6))  # 0 to 6
-    # a channel is `high` up to one sixth of a turn away from its own hue, `low` from two sixths on: red lies at 0 and 6
+    # a channel is `high` up to one sixth of a turn away from its own hue, `low` from two sixths on: red lies
+    # at 0 and 6
     torch.addcmul(low, chroma, (hue - 3).abs_().sub_(1).clamp_(0, 1), out=red)
     torch.addcmul(low, chroma, (hue - 2).abs_().neg_().add_(2).clamp_(0, 1), out=green)
     torch.addcmul(low, chroma, (hue - 4).abs_().neg_().add_(2).clamp_(0, 1), out=blue)
@@ -262,7 +276,8 @@ def hue_(x, shift):
 
 
 def blur(x, sigma):
-    """Gaussian blur with a standard deviation of its own for each sample. x: [N, 3, H, W]; sigma: [N], pixels."""
+    """Gaussian blur with a standard deviation of its own for each sample. x: [N, 3, H, W]; sigma: [N],
+    pixels."""
     n, c, height, width = x.shape
     radius = min(BLUR_RADIUS, height - 1, width - 1)  # what a reflected border can give
     offset = torch.arange(-radius, radius + 1, device=x.device)

@@ -1,6 +1,7 @@
 """One file with all images of a list, decoded once, that every process maps into its memory.
 
-The file holds a header with the fingerprint of the images, a table int64 [N, 3] of offset, height and width, and the pixels.
+The file holds a header with the fingerprint of the images, a table int64 [N, 3] of offset, height and width,
+and the pixels.
 """
 
 import contextlib
@@ -27,7 +28,8 @@ RAM = Path("/dev/shm")
 
 
 class Cache:
-    """An open cache: `image(i)` is uint8 [3, H, W] in channels_last order, not copied; None for a file that was not readable."""
+    """An open cache: `image(i)` is uint8 [3, H, W] in channels_last order, not copied; None for a file that
+    was not readable."""
 
     def __init__(self, path, pixels, table):
         self.path, self.pixels, self.table = path, pixels, table
@@ -64,16 +66,19 @@ class Cache:
 
 
 def location(files, name, side, data_dir, cache_dir=None):
-    """Where the cache of these files is kept: in cache_dir, or else in data_dir. Other lists of files get other names."""
+    """Where the cache of these files is kept: in cache_dir, or else in data_dir. Other lists of files get
+    other names."""
     place = "" if cache_dir is None else f"{os.getuid()}|{files.root.resolve()}"
-    key = hashlib.sha256(f"{place}|{files.root.name}|{files.checksum()}|{len(files)}".encode()).hexdigest()[:12]
+    key = hashlib.sha256(f"{place}|{files.root.name}|{files.checksum()}|{len(files)}".encode()).hexdigest()[
+        :12
+    ]
     size = "" if side is None else f"_{side}px"
     return Path(cache_dir or data_dir) / f".{name}{size}_{key}.cache"
 
 
 def add_cache(files, name, args):
-    """Gives Files the cache that --cache asks for; "ram" is a file in the machine's memory, to be forgotten once all processes
-    have opened it. Raises DataError where it cannot be written."""
+    """Gives Files the cache that --cache asks for; "ram" is a file in the machine's memory, to be forgotten
+    once all processes have opened it. Raises DataError where it cannot be written."""
     folder = RAM if args.cache == "ram" else args.cache_dir
     if args.cache == "ram" and not RAM.is_dir():
         raise DataError(f"--cache ram: this machine has no {RAM}: use --cache disk")
@@ -81,7 +86,9 @@ def add_cache(files, name, args):
     try:
         files.cache = open_cache(files, path, args.cache_size, args.skip_corrupt)
     except OSError as error:
-        raise DataError(f"--cache {args.cache}: cannot write {path}: {error.strerror}; --cache_dir names another place") from error
+        raise DataError(
+            f"--cache {args.cache}: cannot write {path}: {error.strerror}; --cache_dir names another place"
+        ) from error
     files.cache.require(files, args.skip_corrupt)
 
 
@@ -99,9 +106,9 @@ def lock_of(path):
 def open_cache(files, path, side=None, skip_corrupt=False, verify=False):
     """The Cache of these files at path, made if it is not there or is not theirs.
 
-    side: what larger short sides are reduced to, or None to keep all sizes; verify: compare the checksum of all pixels. Of
-    several processes that ask at once, one makes it and the others wait. Raises DataError for an image that cannot be decoded
-    (unless skip_corrupt) and OSError where path cannot be written.
+    side: what larger short sides are reduced to, or None to keep all sizes; verify: compare the checksum of
+    all pixels. Of several processes that ask at once, one makes it and the others wait. Raises DataError for
+    an image that cannot be decoded (unless skip_corrupt) and OSError where path cannot be written.
     """
     fingerprint = files.fingerprint().encode()
     cache = _read(path, fingerprint, verify)
@@ -128,13 +135,14 @@ def open_cache(files, path, side=None, skip_corrupt=False, verify=False):
 
 
 def open_in_memory(files, name, args):
-    """uint8 [N, 3, H, W] of files that are all of one size, kept in a cache where one can be written, and the int64 indices
-    [N] of those that could be read: all, unless --skip_corrupt is given."""
+    """uint8 [N, 3, H, W] of files that are all of one size, kept in a cache where one can be written, and the
+    int64 indices [N] of those that could be read: all, unless --skip_corrupt is given."""
     path = location(files, name, None, args.data_dir, args.cache_dir)
     try:
         cache = open_cache(files, path, skip_corrupt=args.skip_corrupt, verify=True)
     except OSError as error:
-        print(f"warning: cannot write {path} ({error.strerror}): decoding again next time; --cache_dir names another place",
+        print(f"warning: cannot write {path} ({error.strerror}): decoding again next time; --cache_dir names "
+              "another place",
               file=sys.stderr)  # fmt: skip
         cache = passing_cache(files, args.skip_corrupt)
     cache.require(files, args.skip_corrupt)
@@ -146,7 +154,9 @@ def open_in_memory(files, name, args):
     odd = (sizes != (height, width)).any(axis=1).nonzero()[0]
     if len(odd):
         h, w = sizes[odd[0]]
-        raise DataError(f"{files.path(readable[odd[0]])} is {w}x{h} pixels where others are {width}x{height}: resize it")
+        raise DataError(
+            f"{files.path(readable[odd[0]])} is {w}x{h} pixels where others are {width}x{height}: resize it"
+        )
     return cache.pixels.view(len(readable), height, width, 3).permute(0, 3, 1, 2).contiguous(), readable
 
 
@@ -164,7 +174,9 @@ def _lock(path):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process that decodes the same images (it holds {path})", file=sys.stderr)
+            print(
+                f"waiting for another process that decodes the same images (it holds {path})", file=sys.stderr
+            )
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -227,7 +239,8 @@ def _read(path, fingerprint, verify, quiet=False):
 
 
 def _map(path):
-    """The file as uint8 [bytes]. A private mapping: one that can be written, as PyTorch wants it, without changing the file."""
+    """The file as uint8 [bytes]. A private mapping: one that can be written, as PyTorch wants it, without
+    changing the file."""
     size = os.stat(path).st_size
     if size < HEADER or not path.is_file():
         raise ValueError("no cache")

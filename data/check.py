@@ -4,9 +4,9 @@ examples:
     python -m data.check --dataset imagenet100 --data_dir DIR
     python -m data.check --dataset folder --data_dir DIR --scenario domain --batch_size 64
 
-It reports how many images each class, domain and split has, which files cannot be read, which are stored in an unusual way
-(they are used all the same, as upright RGB), and which look alike in train and test. The exit status is 0 only if
-main_cssl.py with the same flags would train.
+It reports how many images each class, domain and split has, which files cannot be read, which are stored in
+an unusual way (they are used all the same, as upright RGB), and which look alike in train and test. The exit
+status is 0 only if main_cssl.py with the same flags would train.
 """
 
 import io
@@ -27,25 +27,44 @@ from data.loader import Loader
 from data.scenarios import SCENARIOS, plan
 from utils.arguments import Parser
 
-MODES = {"L": "greyscale", "1": "greyscale", "LA": "greyscale", "I;16": "greyscale, 16 bits", "P": "palette", "CMYK": "CMYK"}
+MODES = {
+    "L": "greyscale",
+    "1": "greyscale",
+    "LA": "greyscale",
+    "I;16": "greyscale, 16 bits",
+    "P": "palette",
+    "CMYK": "CMYK",
+}
 ORIENTATION = 274  # the EXIF tag
 SHOWN = 20  # files in a list
 MIN_EDGES = 80  # of a signature's 512, below which an image is too flat to be told from others
-ALIKE = 0.8  # share of the edges of two images that are those of both; of unrelated photographs about a third are
+ALIKE = (
+    0.8  # share of the edges of two images that are those of both; of unrelated photographs about a third are
+)
 
 
 def parse_arguments(argv=None):
     parser = Parser(__doc__)
     add = add_data_arguments(parser)
     add("--scenario", choices=SCENARIOS, default="class", help="that training shall have")
-    add("--num_tasks", type="count", help="that training shall have (default: 5; one per domain with --scenario domain)")
-    add("--batch_size", type="count", default=256, help="that training shall have: every task needs as many images")
+    add(
+        "--num_tasks",
+        type="count",
+        help="that training shall have (default: 5; one per domain with --scenario domain)",
+    )
+    add(
+        "--batch_size",
+        type="count",
+        default=256,
+        help="that training shall have: every task needs as many images",
+    )
     add("--seed", type="index", default=5, help="of the order of classes")
     return parser.parse_args(argv)
 
 
 def inspect(data):
-    """What is to be said about a file's contents, uint8 [bytes]: (problem or None, [oddities], signature or None, size)."""
+    """What is to be said about a file's contents, uint8 [bytes]: (problem or None, [oddities], signature or
+    None, size)."""
     try:
         pixels = decode_bytes(data)
         with Image.open(io.BytesIO(data)) as image:
@@ -60,20 +79,23 @@ def inspect(data):
 
 
 def signature(pixels):
-    """bool [512], much the same for resized and recompressed copies of uint8 [3, H, W]: where a small grey copy of 17 x 17
-    pixels grows brighter from left to right, and from top to bottom."""
+    """bool [512], much the same for resized and recompressed copies of uint8 [3, H, W]: where a small grey
+    copy of 17 x 17 pixels grows brighter from left to right, and from top to bottom."""
     small = F.interpolate(pixels.unsqueeze(0), (17, 17), mode="bilinear", antialias=True)[0].int().sum(dim=0)
     across, down = small[:16, 1:] > small[:16, :-1] + 3, small[1:, :16] > small[:-1, :16] + 3
     return torch.stack([across, down]).flatten()
 
 
 def look_alikes(a, b, chunk=1024):
-    """Pairs (i, j) of signatures a[i], b[j] (bool [N, 512], [M, 512]) that share ALIKE of their edges; flat images are left out."""
+    """Pairs (i, j) of signatures a[i], b[j] (bool [N, 512], [M, 512]) that share ALIKE of their edges; flat
+    images are left out."""
     pairs, b = [], b.float()
     for start in range(0, len(a), chunk):
         part = a[start : start + chunk].float()
         common, edges_a, edges_b = part @ b.T, part.sum(dim=1, keepdim=True), b.sum(dim=1)
-        alike = (common >= ALIKE * (edges_a + edges_b - common)) & (edges_a >= MIN_EDGES) & (edges_b >= MIN_EDGES)
+        alike = (
+            (common >= ALIKE * (edges_a + edges_b - common)) & (edges_a >= MIN_EDGES) & (edges_b >= MIN_EDGES)
+        )
         pairs += [(start + i, j) for i, j in alike.nonzero().tolist()]
     return pairs
 
@@ -85,7 +107,9 @@ class Survey:
         self.name, self.images = name, images
         self.problems, self.oddities, sizes = {}, Counter(), {}
         self.signatures = torch.zeros(len(images.labels), 512, dtype=torch.bool)
-        for i, (problem, odd, mark, sizes[i]) in enumerate(in_parallel(self.look, len(images.labels), f"reading {name}")):
+        for i, (problem, odd, mark, sizes[i]) in enumerate(
+            in_parallel(self.look, len(images.labels), f"reading {name}")
+        ):
             if problem:
                 self.problems[i] = problem
             self.oddities.update(odd)
@@ -95,7 +119,9 @@ class Survey:
         if images.one_size and len(set(sizes.values()) - {None}) > 1:
             common = Counter(size for size in sizes.values() if size).most_common(1)[0][0]
             self.misfits = {
-                i: f"{s[1]}x{s[0]} pixels, others {common[1]}x{common[0]}" for i, s in sizes.items() if s not in (None, common)
+                i: f"{s[1]}x{s[0]} pixels, others {common[1]}x{common[0]}"
+                for i, s in sizes.items()
+                if s not in (None, common)
             }
 
     def look(self, i):
@@ -111,7 +137,9 @@ class Survey:
 
     def counts(self):
         """Images of each class: a list."""
-        return torch.bincount(self.images.labels[self.images.labels >= 0], minlength=len(self.images.classes)).tolist()
+        return torch.bincount(
+            self.images.labels[self.images.labels >= 0], minlength=len(self.images.classes)
+        ).tolist()
 
     def report(self):
         images, count = self.images, len(self.images.labels)
@@ -120,14 +148,16 @@ class Survey:
             line += " without labels"
         else:
             counts = self.counts()
-            line += f" of {len(counts)} classes, {min(counts)} to {max(counts)} each (median {statistics.median(counts):g})"
+            line += f" of {len(counts)} classes, {min(counts)} to {max(counts)} each"
+            line += f" (median {statistics.median(counts):g})"
         print(line)
         for number, domain in enumerate(images.domain_names):
             inside = images.labels[images.domains == number]
             print(f"  domain {domain}: {len(inside)} images of {len(inside.unique())} classes")
         if self.oddities:
             print(
-                f"  stored unusually and used all the same: {', '.join(f'{n} {kind}' for kind, n in sorted(self.oddities.items()))}"
+                f"  stored unusually and used all the same: "
+                f"{', '.join(f'{n} {kind}' for kind, n in sorted(self.oddities.items()))}"
             )
         if self.problems:
             print(f"  {len(self.problems)} cannot be read:")
@@ -179,7 +209,10 @@ def main(args):
     for other in surveys[:-1] if test is not None else []:
         pairs = look_alikes(other.signatures, surveys[-1].signatures)
         if pairs:
-            print(f"{len(pairs)} pairs of images look alike in {other.name} and test: leave them out of one if they are the same")
+            print(
+                f"{len(pairs)} pairs of images look alike in {other.name} and test: leave them out of one if "
+                "they are the same"
+            )
             show(f"    {other.path(i)} = {surveys[-1].path(j)}" for i, j in pairs)
     if any(s.misfits for s in surveys):
         advice.append("resize the images of another size")

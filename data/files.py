@@ -29,13 +29,17 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # far larger im
 class Files:
     """Image files that are decoded when they are needed, or read from a cache of them (data/cache.py).
 
-    root: their folder; names: their paths below it, as strings or as the array of bytes that is kept here: a list of a million
-    strings would be copied, page by page, into every worker process.
+    root: their folder; names: their paths below it, as strings or as the array of bytes that is kept here: a
+    list of a million strings would be copied, page by page, into every worker process.
     """
 
     def __init__(self, root, names, cache=None):
         self.root, self.cache = Path(root), cache
-        self.names = names if isinstance(names, np.ndarray) else np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
+        self.names = (
+            names
+            if isinstance(names, np.ndarray)
+            else np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
+        )
 
     def __len__(self):
         return len(self.names)
@@ -70,18 +74,21 @@ class Files:
 
 
 def decode(path):
-    """uint8 [3, H, W], RGB, upright, in the memory format channels_last. Raises DataError if the file cannot be read."""
+    """uint8 [3, H, W], RGB, upright, in the memory format channels_last. Raises DataError if the file cannot
+    be read."""
     try:
         return decode_bytes(np.fromfile(path, np.uint8))
     except Exception as error:  # Pillow promises no set of exceptions
-        raise DataError(f"cannot decode {path} ({describe(error)}): replace or remove it, or pass --skip_corrupt") from error
+        raise DataError(
+            f"cannot decode {path} ({describe(error)}): replace or remove it, or pass --skip_corrupt"
+        ) from error
 
 
 def decode_bytes(data):
     """`decode` of a file's contents, uint8 [bytes]; raises whatever Pillow raises.
 
-    torchvision, where it can, reads JPEG files faster than Pillow and to the same bits; Pillow reads the rest, and has the
-    last word on files that torchvision refuses.
+    torchvision, where it can, reads JPEG files faster than Pillow and to the same bits; Pillow reads the
+    rest, and has the last word on files that torchvision refuses.
     """
     if not len(data):
         raise EOFError("the file is empty")
@@ -106,7 +113,9 @@ def describe(error):
 def bar(*iterable, **options):
     """tqdm for a terminal; elsewhere a line now and then, and none for what is quickly done."""
     terminal = sys.stderr.isatty()
-    return tqdm(*iterable, **options, delay=0 if terminal else 30, mininterval=0.1 if terminal else 30, maxinterval=60)
+    return tqdm(
+        *iterable, **options, delay=0 if terminal else 30, mininterval=0.1 if terminal else 30, maxinterval=60
+    )
 
 
 def in_parallel(function, count, description):
@@ -117,7 +126,10 @@ def in_parallel(function, count, description):
     threads = torch.get_num_threads()
     progress = bar(desc=description, total=count, unit="image")
     try:
-        with progress, ThreadPoolExecutor(default_workers(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with (
+            progress,
+            ThreadPoolExecutor(default_workers(), initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ):
             for start in range(0, count, CHUNK):
                 for result in pool.map(function, range(start, min(start + CHUNK, count))):
                     yield result
@@ -127,8 +139,8 @@ def in_parallel(function, count, description):
 
 
 def to_rgb(image):
-    """The Pillow image as RGB: turned as EXIF says, 16 bits brought to 8, transparency left out. Raises ValueError for numbers
-    of an unknown range."""
+    """The Pillow image as RGB: turned as EXIF says, 16 bits brought to 8, transparency left out. Raises
+    ValueError for numbers of an unknown range."""
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels, whose range is not known")
@@ -142,10 +154,11 @@ def to_rgb(image):
 
 
 def list_images(root, folders=None, strict=True):
-    """The names of all images below root (or below these folders of it), sorted folder by folder; hidden ones are passed over.
+    """The names of all images below root (or below these folders of it), sorted folder by folder; hidden ones
+    are passed over.
 
-    Raises DataError if there is no such folder, no image at all, a folder that cannot be read or that is met twice and, if
-    strict, a folder with neither images nor folders in it.
+    Raises DataError if there is no such folder, no image at all, a folder that cannot be read or that is met
+    twice and, if strict, a folder with neither images nor folders in it.
     """
 
     def stop(error):
@@ -164,18 +177,24 @@ def list_images(root, folders=None, strict=True):
             inner[:] = sorted(name for name in inner if not name.startswith("."))
             images = sorted(f for f in files if f.lower().endswith(SUFFIXES) and not f.startswith("."))
             if strict and not images and not inner and Path(folder) != root:
-                raise DataError(f"class folder {folder} holds no images (PNG, JPEG, WebP, ...): add some or remove the folder")
+                raise DataError(
+                    f"class folder {folder} holds no images (PNG, JPEG, WebP, ...): add some or remove the "
+                    "folder"
+                )
             prefix = os.path.relpath(folder, root)
             names += images if prefix == "." else [f"{prefix}/{name}" for name in images]
     if not names:
-        raise DataError(f"{root} holds no class folders and no images: expected {root}/<class>/<image>.png or .jpg")
+        raise DataError(
+            f"{root} holds no class folders and no images: expected {root}/<class>/<image>.png or .jpg"
+        )
     return names
 
 
 def list_classes(root, folders=None):
     """root/<class>/<image>: the names of the images, their labels (int64 [N]) and the sorted class names.
 
-    folders: the classes that are wanted, where not all are. Raises DataError where images lie elsewhere than in class folders.
+    folders: the classes that are wanted, where not all are. Raises DataError where images lie elsewhere than
+    in class folders.
     """
     names = list_images(root, folders)
     parts = [name.split("/") for name in names]

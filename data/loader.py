@@ -1,4 +1,5 @@
-"""Batches of uint8 images on the device, in an order that is a function of (seed, task, epoch) and nothing else."""
+"""Batches of uint8 images on the device, in an order that is a function of (seed, task, epoch) and nothing
+else."""
 
 from itertools import repeat
 
@@ -20,23 +21,32 @@ def generator(*key):
 
 
 def evaluation_share(count, rank, world):
-    """The slice of `count` images that this rank evaluates: whole batches, so that all ranks together compute what one does."""
+    """The slice of `count` images that this rank evaluates: whole batches, so that all ranks together compute
+    what one does."""
     batches = -(-count // EVALUATION_BATCH)
     return slice(*(min(i * batches // world * EVALUATION_BATCH, count) for i in (rank, rank + 1)))
 
 
 class Loader:
-    """Serves one task: the images stay on the device, a batch is one gather, both views are made for it at once.
+    """Serves one task: the images stay on the device, a batch is one gather, both views are made for it at
+    once.
 
-    images: uint8 [N, 3, H, W] of the whole data set, on the device (in StreamLoader, a Stream); indices: int64 [n], the task's
-    samples; batch_size: of all ranks together, of which this one gets the share rank / world. The last incomplete batch of an
-    epoch is dropped. steps: per epoch, if not as many as the samples give; the samples then come again, or do not all come.
-    Raises DataError if the task is smaller than a batch.
+    images: uint8 [N, 3, H, W] of the whole data set, on the device (in StreamLoader, a Stream); indices:
+    int64 [n], the task's samples; batch_size: of all ranks together, of which this one gets the share rank /
+    world. The last incomplete batch of an epoch is dropped. steps: per epoch, if not as many as the samples
+    give; the samples then come again, or do not all come. Raises DataError if the task is smaller than a
+    batch.
     """
 
-    def __init__(self, images, indices, batch_size, views, mean, std, seed, task, rank=0, world=1, steps=None):
+    def __init__(
+        self, images, indices, batch_size, views, mean, std, seed, task, rank=0, world=1, steps=None
+    ):
         if len(indices) < batch_size:
-            whose = f"task {task} has {len(indices)} training" if task < LABELLED else f"--online_probe has {len(indices)} labelled"
+            whose = (
+                f"task {task} has {len(indices)} training"
+                if task < LABELLED
+                else f"--online_probe has {len(indices)} labelled"
+            )
             raise DataError(f"{whose} images, fewer than --batch_size {batch_size}: lower the batch size")
         self.images, self.indices, self.views, self.mean, self.std = images, indices, views, mean, std
         self.batch_size, self.seed, self.task = batch_size, seed, task
@@ -48,7 +58,9 @@ class Loader:
 
     def batches(self, epoch, first_step=0):
         """The indices int64 [N/world] of this rank for each step of an epoch, from first_step on."""
-        order = self.indices[torch.randperm(len(self.indices), generator=generator(self.seed, self.task, epoch))]
+        order = self.indices[
+            torch.randperm(len(self.indices), generator=generator(self.seed, self.task, epoch))
+        ]
         batches = order[: len(order) // self.batch_size * self.batch_size].view(-1, self.batch_size)
         for step in range(first_step, self.steps):
             yield batches[step % len(batches)][self.share]
@@ -60,7 +72,8 @@ class Loader:
             yield self.augment(repeat(images), epoch, step, images.shape[-2:])
 
     def labelled(self, labels, epoch, first_step=0):
-        """Yields (images [N/world, 3, S, S] in the first view, int64 [N/world] of the labels, which are on the device)."""
+        """Yields (images [N/world, 3, S, S] in the first view, int64 [N/world] of the labels, which are on
+        the device)."""
         for (view, *_), batch in zip(self.epoch(epoch, first_step), self.batches(epoch, first_step)):
             yield view, labels[batch.to(labels.device, non_blocking=True)]
 
@@ -71,17 +84,21 @@ class Loader:
         """
         rng = generator(self.seed, self.task, epoch, step)
         params = [augment.draw(view, self.batch_size, *size, rng)[self.share] for view in self.views]
-        return [augment.make_view(x, p, v, self.mean, self.std) for x, p, v in zip(images, params, self.views)]
+        return [
+            augment.make_view(x, p, v, self.mean, self.std) for x, p, v in zip(images, params, self.views)
+        ]
 
 
 def probe_view(size):
-    """What the papers' offline linear evaluation trains on: a random resized crop (0.08-1), perhaps mirrored."""
+    """What the papers' offline linear evaluation trains on: a random resized crop (0.08-1), perhaps
+    mirrored."""
     return augment.ViewConfig(size, jitter_p=0.0, grey_p=0.0)
 
 
 def evaluation_batches(images, first, size, mean, std, key=None, batch_size=EVALUATION_BATCH):
-    """Yields normalised float [n, 3, size, size] of all images in order: plain, and resized where they are of another size; or,
-    with a key (integers), in random views that depend on the key. first: the number of the first batch among all ranks' ones."""
+    """Yields normalised float [n, 3, size, size] of all images in order: plain, and resized where they are of
+    another size; or, with a key (integers), in random views that depend on the key. first: the number of the
+    first batch among all ranks' ones."""
     for number, part in enumerate(images.split(batch_size), first):
         if key is not None:
             view = probe_view(size)

@@ -1,4 +1,5 @@
-"""Images of different sizes: worker processes decode them and cut their crops, everything else happens on the device."""
+"""Images of different sizes: worker processes decode them and cut their crops, everything else happens on the
+device."""
 
 import ctypes
 import signal
@@ -14,16 +15,21 @@ from data.loader import EVALUATION_BATCH, Loader, generator, probe_view
 
 CHUNK = 16  # images held decoded at a time
 TIMEOUT = 600  # seconds that a batch may take
-OPEN = set()  # the Streams that are not closed: held here, since Python would wait for ever for a worker that it forgot
-EVALUATION_SCALE = 256 / 224  # evaluation sees the centre of an image whose short side is this many times the crop's
+OPEN = (
+    set()
+)  # the Streams that are not closed: held here, since Python would wait for ever for a worker that it forgot
+EVALUATION_SCALE = (
+    256 / 224
+)  # evaluation sees the centre of an image whose short side is this many times the crop's
 
 
 class Crops(Dataset):
-    """What a worker makes of a request (indices, key): uint8 [n, V, 3, S, S] of n files, and what could not be read.
+    """What a worker makes of a request (indices, key): uint8 [n, V, 3, S, S] of n files, and what could not
+    be read.
 
-    With a key (integers: seed, task, epoch) these are V random resized crops for the two views, which depend on the key and
-    on the sample and on nothing else; without one V is 1, the centre. A file that cannot be read has the crops of the next
-    one that can, and stands in the dict {index: why}.
+    With a key (integers: seed, task, epoch) these are V random resized crops for the two views, which depend
+    on the key and on the sample and on nothing else; without one V is 1, the centre. A file that cannot be
+    read has the crops of the next one that can, and stands in the dict {index: why}.
     """
 
     def __init__(self, files, size, min_scales=(1.0,)):
@@ -39,9 +45,15 @@ class Crops(Dataset):
         for start in range(0, len(indices), CHUNK):
             chunk = indices[start : start + CHUNK].tolist()
             images = [self.decode(i, unreadable) for i in chunk]
-            height, width = torch.tensor([(0, 0) if x is None else x.shape[1:] for x in images], dtype=torch.float32).T
+            height, width = torch.tensor(
+                [(0, 0) if x is None else x.shape[1:] for x in images], dtype=torch.float32
+            ).T
             for v in range(views):
-                boxes = centre_boxes(height, width) if key is None else self.random_boxes(key, v, chunk, height, width)
+                boxes = (
+                    centre_boxes(height, width)
+                    if key is None
+                    else self.random_boxes(key, v, chunk, height, width)
+                )
                 for n, (image, box) in enumerate(zip(images, torch.stack(boxes, dim=1).int().tolist())):
                     if image is not None:
                         crops[start + n, v] = crop(image, box, self.size)
@@ -59,12 +71,15 @@ class Crops(Dataset):
             unreadable[i] = str(error)
 
     def random_boxes(self, key, view, indices, height, width):
-        u = torch.stack([torch.rand(4, augment.CROP_TRIES, generator=generator(*key, view, i)) for i in indices], dim=1)
+        u = torch.stack(
+            [torch.rand(4, augment.CROP_TRIES, generator=generator(*key, view, i)) for i in indices], dim=1
+        )
         return augment.boxes(u, height, width, self.min_scales[view])
 
 
 def crop(image, box, size):
-    """The box (top, left, height, width) of a uint8 [3, H, W], resized: uint8 [3, size, size]. Antialiased bicubic."""
+    """The box (top, left, height, width) of a uint8 [3, H, W], resized: uint8 [3, size, size]. Antialiased
+    bicubic."""
     top, left, height, width = box
     part = image[:, top : top + height, left : left + width].unsqueeze(0)
     return F.interpolate(part, (size, size), mode="bicubic", antialias=True)[0]
@@ -88,7 +103,8 @@ class Requests:
 class Stream:
     """A pool of workers that turns requests into crops on the device, in order, prefetching.
 
-    skipped: {index: why} of files that could not be read, if they may be skipped; else the first one raises DataError.
+    skipped: {index: why} of files that could not be read, if they may be skipped; else the first one raises
+    DataError.
     """
 
     def __init__(self, crops, workers, device, skip_corrupt=False, persistent=True):
@@ -104,12 +120,15 @@ class Stream:
             pin_memory=device.type == "cuda",
             timeout=TIMEOUT if workers else 0,
             worker_init_fn=prepare_worker,
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # the files are not copied
+            multiprocessing_context="fork"
+            if workers and sys.platform == "linux"
+            else None,  # the files are not copied
             generator=torch.Generator(),  # so that PyTorch's own one stays untouched
         )
 
     def batches(self, requests, some=False):
-        """Yields uint8 [n, V, 3, S, S] on the device for every request; some: raises DataError where none can be read."""
+        """Yields uint8 [n, V, 3, S, S] on the device for every request; some: raises DataError where none can
+        be read."""
         self.requests.next = requests
         self.iterator = iter(self.loader)
         for crops, unreadable in self.iterator:
@@ -149,11 +168,15 @@ class StreamLoader(Loader):
             yield self.augment(crops.transpose(0, 1), epoch, step)
 
 
-def evaluation_stream(images, share, size, mean, std, key, device, workers, skip_corrupt=False, batch_size=EVALUATION_BATCH):
-    """evaluation_batches for a slice of an ImageSet of files: the centre of each, or a random view. One that is skipped loses its
-    label."""
+def evaluation_stream(
+    images, share, size, mean, std, key, device, workers, skip_corrupt=False, batch_size=EVALUATION_BATCH
+):
+    """evaluation_batches for a slice of an ImageSet of files: the centre of each, or a random view. One that
+    is skipped loses its label."""
     view = probe_view(size)
-    stream = Stream(Crops(images.images, size, [view.min_scale]), workers, device, skip_corrupt, persistent=False)
+    stream = Stream(
+        Crops(images.images, size, [view.min_scale]), workers, device, skip_corrupt, persistent=False
+    )
     requests = ((part, key) for part in torch.arange(share.start, share.stop).split(batch_size))
     try:
         for number, crops in enumerate(stream.batches(requests), share.start // batch_size):
@@ -178,8 +201,9 @@ Finalize(None, close_all, exitpriority=100)  # before multiprocessing waits for 
 
 
 def prepare_worker(worker):
-    """A worker leaves signals to the main process, which could not save without it where a batch system sends them to all;
-    and it ends with the main process, however that ends, lest it hold the lock of the run folder."""
+    """A worker leaves signals to the main process, which could not save without it where a batch system sends
+    them to all; and it ends with the main process, however that ends, lest it hold the lock of the run
+    folder."""
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":

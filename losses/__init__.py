@@ -13,7 +13,14 @@ from losses.pnr import PNR
 from losses.simclr import SimCLR
 from losses.vicreg import VICReg
 
-METHODS = {"simclr": SimCLR, "moco": MoCo, "byol": BYOL, "vicreg": VICReg, "barlow": BarlowTwins, "falcon": FALCON}
+METHODS = {
+    "simclr": SimCLR,
+    "moco": MoCo,
+    "byol": BYOL,
+    "vicreg": VICReg,
+    "barlow": BarlowTwins,
+    "falcon": FALCON,
+}
 REGULARIZERS = {"finetune": Finetune, "cassle": CaSSLe, "pnr": PNR}
 
 __all__ = ["METHODS", "REGULARIZERS"]

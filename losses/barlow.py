@@ -7,7 +7,8 @@ from models.heads import deep_mlp
 
 
 def barlow_loss(a, b, lambda_off, scale):
-    """scale [sum_i (C_ii - 1)^2 + lambda_off sum_{i != j} C_ij^2], C the cross-correlation of a and b, [N, D] each."""
+    """scale [sum_i (C_ii - 1)^2 + lambda_off sum_{i != j} C_ij^2], C the cross-correlation of a and b, [N, D]
+    each."""
     a, b = (F.batch_norm(x, None, None, training=True, eps=1e-5) for x in (a, b))
     correlation = a.T @ b / len(a)  # D x D
     diagonal = correlation.diagonal()
@@ -26,11 +27,21 @@ class BarlowTwins(NonContrastive):
 
     @staticmethod
     def add_arguments(parser):
-        parser.add_argument("--barlow_hidden", type="count", default=2048, help="hidden width of the projector")
-        parser.add_argument("--barlow_dim", type="count", default=2048, help="output dimension of the projector")
-        parser.add_argument("--barlow_lambda", type="weight", default=5e-3, help="weight of the off-diagonal entries")
-        parser.add_argument("--barlow_scale_loss", type="positive", default=0.1, help="factor of the whole loss")
-        parser.add_argument("--barlow_lambda_neg", type="weight", default=1.0, help="weight of PNR's pseudo-negatives")
+        parser.add_argument(
+            "--barlow_hidden", type="count", default=2048, help="hidden width of the projector"
+        )
+        parser.add_argument(
+            "--barlow_dim", type="count", default=2048, help="output dimension of the projector"
+        )
+        parser.add_argument(
+            "--barlow_lambda", type="weight", default=5e-3, help="weight of the off-diagonal entries"
+        )
+        parser.add_argument(
+            "--barlow_scale_loss", type="positive", default=0.1, help="factor of the whole loss"
+        )
+        parser.add_argument(
+            "--barlow_lambda_neg", type="weight", default=1.0, help="weight of PNR's pseudo-negatives"
+        )
 
     def __init__(self, backbone, args):
         super().__init__(backbone)

@@ -13,8 +13,9 @@ from models.twins import ema_tau, ema_update, frozen_copy
 class Outputs:
     """What one network says of a batch; each field is a list with one [N, .] tensor per view, or None.
 
-    z: projections (of the student, or of the teacher, where the equations write f); k: projections of the EMA twin; q: what
-    BYOL's own predictor makes of z; queue: [2, K, D] unit rows of earlier batches, one set for each view.
+    z: projections (of the student, or of the teacher, where the equations write f); k: projections of the EMA
+    twin; q: what BYOL's own predictor makes of z; queue: [2, K, D] unit rows of earlier batches, one set for
+    each view.
     """
 
     z: list
@@ -23,9 +24,14 @@ class Outputs:
     queue: torch.Tensor | None = None
 
     def of_all_ranks(self):
-        """The outputs for the global batch, in full precision: losses are computed in float32, or in float64 if so given."""
-        lists = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), list)}
-        return replace(self, **{name: [gather(full_precision(x)) for x in views] for name, views in lists.items()})
+        """The outputs for the global batch, in full precision: losses are computed in float32, or in float64
+        if so given."""
+        lists = {
+            f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), list)
+        }
+        return replace(
+            self, **{name: [gather(full_precision(x)) for x in views] for name, views in lists.items()}
+        )
 
 
 class MethodError(ValueError):
@@ -35,14 +41,18 @@ class MethodError(ValueError):
 class Method(nn.Module):
     """An SSL method: a backbone, its heads and its losses.
 
-    A subclass builds self.projector (and what else it needs) in __init__, gives the losses below, and declares flags of its
-    own, each beginning with its name. All losses take Outputs of the global batch and return a scalar.
+    A subclass builds self.projector (and what else it needs) in __init__, gives the losses below, and
+    declares flags of its own, each beginning with its name. All losses take Outputs of the global batch and
+    return a scalar.
     """
 
     lr, weight_decay, probe_lr = 0.6, 1e-4, 1.0  # the defaults of --lr, --weight_decay and --probe_lr
     online_lr = 0.1  # the default of --online_lr
     optimizer = "lars"  # the default of --optimizer
-    lr_schedule, warmup_start_lr = "epoch", 0.003  # the default of --lr_schedule, and where the warm-up begins
+    lr_schedule, warmup_start_lr = (
+        "epoch",
+        0.003,
+    )  # the default of --lr_schedule, and where the warm-up begins
     exclude_bias_n_norm = True  # 1-D parameters skip LARS and weight decay
     dim = None  # D, the projector's output dimension
     ema = None  # (base, final) of the EMA twin's tau; None: no twin
@@ -58,7 +68,9 @@ class Method(nn.Module):
 
     def build_twin(self):
         """Call at the end of __init__ where ema is set."""
-        self.twin = nn.ModuleDict({"backbone": frozen_copy(self.backbone), "projector": frozen_copy(self.projector)})
+        self.twin = nn.ModuleDict(
+            {"backbone": frozen_copy(self.backbone), "projector": frozen_copy(self.projector)}
+        )
 
     def forward(self, views):
         """[view 1, view 2], images [N, 3, S, S] each -> Outputs."""
@@ -76,10 +88,12 @@ class Method(nn.Module):
         return z
 
     def codes(self, h):
-        """(int64 [N], number of codes) of backbone features [N, F], for the collapse monitors; None where there are no codes."""
+        """(int64 [N], number of codes) of backbone features [N, F], for the collapse monitors; None where
+        there are no codes."""
 
     def ssl(self, out, negatives=None):
-        """The SSL loss. Contrastive methods put the pseudo-negatives of `negatives`, the teacher's Outputs, in its denominator."""
+        """The SSL loss. Contrastive methods put the pseudo-negatives of `negatives`, the teacher's Outputs,
+        in its denominator."""
         raise NotImplementedError
 
     def distill(self, pred, teacher):
@@ -91,7 +105,8 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def after_step(self, out, progress):
-        """After the optimiser's step; progress: the share of the task's steps done, 0 to 1. Moves the EMA twin."""
+        """After the optimiser's step; progress: the share of the task's steps done, 0 to 1. Moves the EMA
+        twin."""
         if self.ema is not None:
             self.ema_tau = ema_tau(progress, *self.ema)
             ema_update(self.twin["backbone"], self.backbone, self.ema_tau)
@@ -99,10 +114,11 @@ class Method(nn.Module):
 
 
 class NonContrastive(Method):
-    """A method without negatives: PNR's pseudo-negative is the teacher's feature of the other view, kept at a distance.
+    """A method without negatives: PNR's pseudo-negative is the teacher's feature of the other view, kept at a
+    distance.
 
-    A subclass gives distill = lambda_d x mean over views of D(p_v, f_v), repel = mean over views of Dneg(p_v, f_v'), and
-    self.lambda_neg.
+    A subclass gives distill = lambda_d x mean over views of D(p_v, f_v), repel = mean over views of Dneg(p_v,
+    f_v'), and self.lambda_neg.
     """
 
     def repel(self, pred, teacher):
@@ -155,12 +171,18 @@ class Regularizer(nn.Module):
 
 
 class Learner(nn.Module):
-    """Method, regulariser and online probe (or None) together: the module that DDP wraps and that last.pt holds."""
+    """Method, regulariser and online probe (or None) together: the module that DDP wraps and that last.pt
+    holds."""
 
     def __init__(self, method, regularizer, online=None, autocast_dtype=None):
         super().__init__()
         regularizer.check(method)
-        self.method, self.regularizer, self.online, self.autocast_dtype = method, regularizer, online, autocast_dtype
+        self.method, self.regularizer, self.online, self.autocast_dtype = (
+            method,
+            regularizer,
+            online,
+            autocast_dtype,
+        )
 
     def begin_task(self, task, device):
         """Fits the module to the task; the random parts come from torch's seed."""
@@ -171,8 +193,9 @@ class Learner(nn.Module):
         self.train()
 
     def forward(self, view1, view2, labelled=None):
-        """Two views of a batch, and for the online probe labelled images and their labels -> (what backward is called on; by name
-        the loss, its terms and what the probe measures; the student's Outputs; the teacher's Outputs or None)."""
+        """Two views of a batch, and for the online probe labelled images and their labels -> (what backward
+        is called on; by name the loss, its terms and what the probe measures; the student's Outputs; the
+        teacher's Outputs or None)."""
         views, device = [view1, view2], view1.device.type
         with torch.autocast(device, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             out = self.method(views)

@@ -20,10 +20,18 @@ class BYOL(NonContrastive):
     def add_arguments(parser):
         parser.add_argument("--byol_hidden", type="count", default=4096, help="hidden width of the projector")
         parser.add_argument("--byol_dim", type="count", default=256, help="output dimension of the projector")
-        parser.add_argument("--byol_predictor_hidden", type="count", default=4096, help="hidden width of BYOL's own predictor q")
-        parser.add_argument("--byol_ema", type="fraction", nargs=2, default=(0.99, 1.0), metavar=("BASE", "FINAL"),
-                            help="EMA tau of the momentum network at the start and at the end of each task")  # fmt: skip
-        parser.add_argument("--byol_lambda_neg", type="weight", default=0.5, help="weight of PNR's pseudo-negatives")
+        parser.add_argument(
+            "--byol_predictor_hidden",
+            type="count",
+            default=4096,
+            help="hidden width of BYOL's own predictor q",
+        )
+        parser.add_argument("--byol_ema", type="fraction", nargs=2, default=(0.99, 1.0),
+                            metavar=("BASE", "FINAL"), help="EMA tau of the momentum network at the start "
+                            "and at the end of each task")  # fmt: skip
+        parser.add_argument(
+            "--byol_lambda_neg", type="weight", default=0.5, help="weight of PNR's pseudo-negatives"
+        )
 
     def __init__(self, backbone, args):
         super().__init__(backbone)

@@ -1,4 +1,5 @@
-"""CaSSLe (Fini et al., CVPR 2022): a predictor of the present features is drawn to the frozen network of the previous task."""
+"""CaSSLe (Fini et al., CVPR 2022): a predictor of the present features is drawn to the frozen network of the
+previous task."""
 
 from losses.base import Outputs, Regularizer
 from models.heads import mlp
@@ -11,16 +12,22 @@ class CaSSLe(Regularizer):
     @staticmethod
     def add_teacher_arguments(parser):
         """The flags of every regulariser with a teacher."""
-        parser.add_argument("--predictor_hidden", type="count", default=2048, help="hidden width of the predictor g")
+        parser.add_argument(
+            "--predictor_hidden", type="count", default=2048, help="hidden width of the predictor g"
+        )
         parser.add_argument("--teacher_bn", choices=("auto", "eval", "batch"), default="auto",
-                            help="what the frozen teacher's batch norms use: its running statistics, or each batch's own (the "
-                            "running statistics never change); auto, as released: eval for pnr on ImageNet and DomainNet, else "
+                            help="what the frozen teacher's batch norms use: its running statistics, or each "
+                                 "batch's own (the "
+                            "running statistics never change); auto, as released: eval for pnr on ImageNet "
+                            "and DomainNet, else "
                             "batch")  # fmt: skip
 
     @staticmethod
     def add_arguments(parser):
         CaSSLe.add_teacher_arguments(parser)
-        parser.add_argument("--cassle_weight", type="weight", default=1.0, help="weight of the distillation term")
+        parser.add_argument(
+            "--cassle_weight", type="weight", default=1.0, help="weight of the distillation term"
+        )
 
     @staticmethod
     def resolve(args):
@@ -33,7 +40,8 @@ class CaSSLe(Regularizer):
         self.args, self.teacher, self.predictor = args, None, None
 
     def begin_task(self, task, method):
-        """The student becomes the teacher; the predictor is made for the second task and goes on learning in later ones."""
+        """The student becomes the teacher; the predictor is made for the second task and goes on learning in
+        later ones."""
         if task == 0:
             return
         self.teacher = Teacher(method.backbone, method.projector, self.args.teacher_bn)
@@ -44,7 +52,11 @@ class CaSSLe(Regularizer):
         return None if self.teacher is None else Outputs(z=[self.teacher(view) for view in views])
 
     def predict(self, method, out):
-        return None if self.teacher is None else Outputs(z=[self.predictor(method.predictor_input(z)) for z in out.z])
+        return (
+            None
+            if self.teacher is None
+            else Outputs(z=[self.predictor(method.predictor_input(z)) for z in out.z])
+        )
 
     def losses(self, method, out, pred, old):
         terms = {"ssl": method.ssl(out)}

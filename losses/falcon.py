@@ -1,5 +1,5 @@
-"""FALCON, collapse-proof non-contrastive learning (Sansone, Lebailly, Tuytelaars, arXiv 2410.04959), and CaSSLe and PNR terms on
-its codes, which are this project's own."""
+"""FALCON, collapse-proof non-contrastive learning (Sansone, Lebailly, Tuytelaars, arXiv 2410.04959), and
+CaSSLe and PNR terms on its codes, which are this project's own."""
 
 import math
 
@@ -18,21 +18,24 @@ def prior_matching(log_p, prior):
     """How far the mean code is from uniform over the c codes: KL(mean || uniform) ("reverse", as released) or
     KL(uniform || mean) ("forward", the paper's first form). log_p: [N, c]."""
     n, c = log_p.shape
-    log_mean = torch.logsumexp(log_p, dim=0) - math.log(n)  # ln mean_n P_nj, finite also where every P_nj underflows
+    log_mean = torch.logsumexp(log_p, dim=0) - math.log(
+        n
+    )  # ln mean_n P_nj, finite also where every P_nj underflows
     surprise = log_mean + math.log(c)
     return (log_mean.exp() * surprise).sum() if prior == "reverse" else -surprise.mean()
 
 
 def falcon_loss(logits1, logits2, beta, prior="reverse"):
-    """Mean over both directions of prior matching + beta x cross-entropy of one view's codes with the other's; no gradient
-    is stopped. logits1, logits2: [N, c]."""
+    """Mean over both directions of prior matching + beta x cross-entropy of one view's codes with the
+    other's; no gradient is stopped. logits1, logits2: [N, c]."""
     log_p = [logits.log_softmax(dim=1) for logits in (logits1, logits2)]
     consistency = (cross_entropy(log_p[0], log_p[1]) + cross_entropy(log_p[1], log_p[0])) / 2
     return sum(prior_matching(x, prior) for x in log_p) / 2 + beta * consistency
 
 
 class FALCON(NonContrastive):
-    """Projections are read against a fixed dictionary of random signs; the codes are consistent and used evenly."""
+    """Projections are read against a fixed dictionary of random signs; the codes are consistent and used
+    evenly."""
 
     lr, weight_decay, probe_lr = 1e-3, 1e-4, 0.1  # lr 2.5e-4 at the recipe's batch of 64
     optimizer = "adam"
@@ -40,26 +43,48 @@ class FALCON(NonContrastive):
 
     @staticmethod
     def add_arguments(parser):
-        parser.add_argument("--falcon_dim", type="count", default=2048, help="f, output dimension of the projector")
-        parser.add_argument("--falcon_codes", type="count", default=16384, help="c, columns of the dictionary")
-        parser.add_argument("--falcon_beta", type="weight", default=1.0, help="weight of the consistency of the views")
-        parser.add_argument("--falcon_prior", choices=("reverse", "forward"), default="reverse",
-                            help="divergence of mean code and uniform prior; reverse as released")  # fmt: skip
         parser.add_argument(
-            "--falcon_epsilon", type="positive", default=1e-8, help="eps of the temperature; codes get sharper below"
+            "--falcon_dim", type="count", default=2048, help="f, output dimension of the projector"
         )
-        parser.add_argument("--falcon_lambda_neg", type="weight", default=0.1, help="weight of PNR's pseudo-negatives")
+        parser.add_argument(
+            "--falcon_codes", type="count", default=16384, help="c, columns of the dictionary"
+        )
+        parser.add_argument(
+            "--falcon_beta", type="weight", default=1.0, help="weight of the consistency of the views"
+        )
+        parser.add_argument("--falcon_prior", choices=("reverse", "forward"), default="reverse",
+                            help="divergence of mean code and uniform prior; reverse as "
+                                 "released")  # fmt: skip
+        parser.add_argument(
+            "--falcon_epsilon",
+            type="positive",
+            default=1e-8,
+            help="eps of the temperature; codes get sharper below",
+        )
+        parser.add_argument(
+            "--falcon_lambda_neg", type="weight", default=0.1, help="weight of PNR's pseudo-negatives"
+        )
 
     def __init__(self, backbone, args):
         super().__init__(backbone)
         f, c, eps = args.falcon_dim, args.falcon_codes, args.falcon_epsilon
         if c < 2 or eps * c >= 1:
-            raise MethodError(f"--falcon_codes {c} and --falcon_epsilon {eps:g}: at least 2 codes, and their product below 1")
-        self.dim, self.lambda_neg, self.beta, self.prior = f, args.falcon_lambda_neg, args.falcon_beta, args.falcon_prior
+            raise MethodError(
+                f"--falcon_codes {c} and --falcon_epsilon {eps:g}: at least 2 codes, and their product below "
+                "1"
+            )
+        self.dim, self.lambda_neg, self.beta, self.prior = (
+            f,
+            args.falcon_lambda_neg,
+            args.falcon_beta,
+            args.falcon_prior,
+        )
         # N is the batch of all ranks
         self.temperature = f / (math.sqrt(args.batch_size) * math.log((1 - eps * (c - 1)) / eps))
         self.projector = nn.Sequential(nn.Linear(backbone.feature_dim, f), nn.BatchNorm1d(f))
-        self.register_buffer("dictionary", torch.randint(0, 2, (f, c)).mul_(2).sub_(1).to(torch.get_default_dtype()))
+        self.register_buffer(
+            "dictionary", torch.randint(0, 2, (f, c)).mul_(2).sub_(1).to(torch.get_default_dtype())
+        )
 
     def logits(self, z):
         """a = tanh(z) W / T: [N, f] -> [N, c]."""
@@ -84,7 +109,12 @@ class FALCON(NonContrastive):
         return self.align(pred, teacher)
 
     def align(self, pred, teacher, negatives=None):
-        """Cross-entropy of the teacher's codes with the predicted ones, minus lambda_neg x that with the other view's codes."""
+        """Cross-entropy of the teacher's codes with the predicted ones, minus lambda_neg x that with the
+        other view's codes."""
         p, f = self.log_codes(pred.z), self.log_codes(teacher.z)
         attract = over_views(cross_entropy, f, p)
-        return attract if negatives is None else attract - self.lambda_neg * over_views(cross_entropy, f[::-1], p)
+        return (
+            attract
+            if negatives is None
+            else attract - self.lambda_neg * over_views(cross_entropy, f[::-1], p)
+        )

@@ -1,4 +1,5 @@
-"""PNR, Pseudo-Negative Regularization (Cha, Cho, Moon, ICML 2024): each model's features are negatives in the other's loss."""
+"""PNR, Pseudo-Negative Regularization (Cha, Cho, Moon, ICML 2024): each model's features are negatives in the
+other's loss."""
 
 from dataclasses import replace
 
@@ -8,22 +9,25 @@ from models.heads import Queue
 
 
 class PNR(CaSSLe):
-    """L = ssl(z, pseudo-negatives of the teacher) + align(p, f, pseudo-negatives of the student), from the second task on.
+    """L = ssl(z, pseudo-negatives of the teacher) + align(p, f, pseudo-negatives of the student), from the
+    second task on.
 
-    Where the method keeps a queue, the teacher gets one of its size: random rows in the second task, then carried on.
+    Where the method keeps a queue, the teacher gets one of its size: random rows in the second task, then
+    carried on.
     """
 
     @staticmethod
     def add_arguments(parser):
         CaSSLe.add_teacher_arguments(parser)
         parser.add_argument("--pnr_pseudo_negatives", choices=("both", "main", "reg", "none"), default="both",
-                            help="the paper's ablation: teacher features in the main loss only, student features in the "
+                            help="the paper's ablation: teacher features in the main loss only, student "
+                                 "features in the "
                             "regularisation only, both, or none")  # fmt: skip
 
     @staticmethod
     def resolve(args):
-        """PNR's code puts its teacher in eval mode; on CIFAR the trainer undoes that when the first epoch's validation ends, its
-        ImageNet and DomainNet scripts never validate (docs/METHODS.md)."""
+        """PNR's code puts its teacher in eval mode; on CIFAR the trainer undoes that when the first epoch's
+        validation ends, its ImageNet and DomainNet scripts never validate (docs/METHODS.md)."""
         if args.teacher_bn == "auto":
             args.teacher_bn = "eval" if args.dataset in ("imagenet100", "imagenet", "domainnet") else "batch"
 
@@ -35,7 +39,10 @@ class PNR(CaSSLe):
 
     def check(self, method):
         if isinstance(method, NonContrastive) and self.in_main != self.in_reg:
-            raise MethodError("--pnr_pseudo_negatives main and reg are for simclr and moco: use both or none with other methods")
+            raise MethodError(
+                "--pnr_pseudo_negatives main and reg are for simclr and moco: use both or none with other "
+                "methods"
+            )
 
     def begin_task(self, task, method):
         super().begin_task(task, method)

@@ -9,16 +9,23 @@ from models.heads import mlp
 
 
 class SimCLR(Method):
-    """NT-Xent: of the 2N projections of both views, each is drawn to its other view and away from all the others."""
+    """NT-Xent: of the 2N projections of both views, each is drawn to its other view and away from all the
+    others."""
 
     lr, weight_decay, probe_lr = 0.6, 1e-4, 1.0
 
     @staticmethod
     def add_arguments(parser):
-        parser.add_argument("--simclr_hidden", type="count", default=2048, help="hidden width of the projector")
-        parser.add_argument("--simclr_dim", type="count", default=128, help="output dimension of the projector")
+        parser.add_argument(
+            "--simclr_hidden", type="count", default=2048, help="hidden width of the projector"
+        )
+        parser.add_argument(
+            "--simclr_dim", type="count", default=128, help="output dimension of the projector"
+        )
         parser.add_argument("--simclr_tau", type="positive", default=0.2, help="temperature of the SSL loss")
-        parser.add_argument("--simclr_tau_distill", type="positive", default=0.2, help="temperature tau_d with CaSSLe and PNR")
+        parser.add_argument(
+            "--simclr_tau_distill", type="positive", default=0.2, help="temperature tau_d with CaSSLe and PNR"
+        )
 
     def __init__(self, backbone, args):
         super().__init__(backbone)
@@ -26,8 +33,9 @@ class SimCLR(Method):
         self.projector = mlp(backbone.feature_dim, args.simclr_hidden, self.dim)
 
     def ssl(self, out, negatives=None):
-        """mean_i -z_i.z_j/tau + ln sum_{k != i} e^(z_i.z_k/tau), j the other view of i; with pseudo-negatives the sum gains
-        sum_{k != i} e^(z_i.f_k/tau), and tau is tau_d. The teacher's f_j is a negative too, as in the released code."""
+        """mean_i -z_i.z_j/tau + ln sum_{k != i} e^(z_i.z_k/tau), j the other view of i; with pseudo-negatives
+        the sum gains sum_{k != i} e^(z_i.f_k/tau), and tau is tau_d. The teacher's f_j is a negative too, as
+        in the released code."""
         tau = self.tau if negatives is None else self.tau_d
         z = F.normalize(torch.cat(out.z), dim=1)  # 2N x D
         total = lse_of_others(z, z, tau)
@@ -40,10 +48,13 @@ class SimCLR(Method):
         return contrastive_distillation(pred.z, teacher.z, self.tau_d)
 
     def align(self, pred, teacher, negatives=None):
-        """mean_i -p_i.f_i/tau_d + ln [sum_{k != i} e^(p_i.f_k/tau_d) + sum_{k != i} e^(p_i.z_k/tau_d)], the second sum only with
-        pseudo-negatives. The positive is not in its own denominator, as in the released code."""
+        """mean_i -p_i.f_i/tau_d + ln [sum_{k != i} e^(p_i.f_k/tau_d) + sum_{k != i} e^(p_i.z_k/tau_d)], the
+        second sum only with pseudo-negatives. The positive is not in its own denominator, as in the released
+        code."""
         p, f = (F.normalize(torch.cat(views), dim=1) for views in (pred.z, teacher.z))
         total = lse_of_others(p, f, self.tau_d)
         if negatives is not None:
-            total = torch.logaddexp(total, lse_of_others(p, F.normalize(torch.cat(negatives.z), dim=1), self.tau_d))
+            total = torch.logaddexp(
+                total, lse_of_others(p, F.normalize(torch.cat(negatives.z), dim=1), self.tau_d)
+            )
         return (total - (p * f).sum(dim=1) / self.tau_d).mean()

@@ -26,19 +26,38 @@ class VICReg(NonContrastive):
 
     @staticmethod
     def add_arguments(parser):
-        parser.add_argument("--vicreg_hidden", type="count", default=2048, help="hidden width of the projector")
-        parser.add_argument("--vicreg_dim", type="count", default=2048, help="output dimension of the projector")
-        parser.add_argument("--vicreg_invariance", type="weight", default=25.0, help="weight of the MSE between the views")
-        parser.add_argument("--vicreg_variance", type="weight", default=25.0, help="raise it if feature_std falls")
-        parser.add_argument("--vicreg_covariance", type="weight", default=1.0, help="weight of the covariance term")
         parser.add_argument(
-            "--vicreg_lambda_distill", type="weight", default=25.0, help="lambda_d, weight of CaSSLe's and PNR's MSE"
+            "--vicreg_hidden", type="count", default=2048, help="hidden width of the projector"
         )
-        parser.add_argument("--vicreg_lambda_neg", type="weight", default=23.0, help="weight of PNR's pseudo-negatives")
+        parser.add_argument(
+            "--vicreg_dim", type="count", default=2048, help="output dimension of the projector"
+        )
+        parser.add_argument(
+            "--vicreg_invariance", type="weight", default=25.0, help="weight of the MSE between the views"
+        )
+        parser.add_argument(
+            "--vicreg_variance", type="weight", default=25.0, help="raise it if feature_std falls"
+        )
+        parser.add_argument(
+            "--vicreg_covariance", type="weight", default=1.0, help="weight of the covariance term"
+        )
+        parser.add_argument(
+            "--vicreg_lambda_distill",
+            type="weight",
+            default=25.0,
+            help="lambda_d, weight of CaSSLe's and PNR's MSE",
+        )
+        parser.add_argument(
+            "--vicreg_lambda_neg", type="weight", default=23.0, help="weight of PNR's pseudo-negatives"
+        )
 
     def __init__(self, backbone, args):
         super().__init__(backbone)
-        self.dim, self.lambda_d, self.lambda_neg = args.vicreg_dim, args.vicreg_lambda_distill, args.vicreg_lambda_neg
+        self.dim, self.lambda_d, self.lambda_neg = (
+            args.vicreg_dim,
+            args.vicreg_lambda_distill,
+            args.vicreg_lambda_neg,
+        )
         self.weights = args.vicreg_invariance, args.vicreg_variance, args.vicreg_covariance
         self.projector = deep_mlp(backbone.feature_dim, args.vicreg_hidden, self.dim)
 

@@ -6,8 +6,14 @@ from torch import nn
 
 
 def mlp(dim_in, hidden, dim_out, norm=False):
-    """Linear-[BN-]ReLU-Linear: MoCo's and SimCLR's projector without BN, CaSSLe's and PNR's predictor with it."""
-    layers = [nn.Linear(dim_in, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim_out)]
+    """Linear-[BN-]ReLU-Linear: MoCo's and SimCLR's projector without BN, CaSSLe's and PNR's predictor with
+    it."""
+    layers = [
+        nn.Linear(dim_in, hidden),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, dim_out),
+    ]
     if not norm:
         del layers[1]
     return nn.Sequential(*layers)
@@ -22,7 +28,8 @@ def deep_mlp(dim_in, hidden, dim_out):
 
 
 class Queue(nn.Module):
-    """First in, first out: one ring of unit rows for each of the two views, in buffers that are allocated once.
+    """First in, first out: one ring of unit rows for each of the two views, in buffers that are allocated
+    once.
 
     rows: [2, size, dim], random unit rows at first; pointer: where the oldest row lies.
     """
@@ -34,7 +41,8 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, view1, view2):
-        """Overwrites the oldest rows with the normalised rows of a batch, [N, dim] for each view; N <= size, wraps around.
+        """Overwrites the oldest rows with the normalised rows of a batch, [N, dim] for each view; N <= size,
+        wraps around.
 
         In place: call it after backward, which still needs the old rows. The index stays on the device.
         """

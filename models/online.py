@@ -1,4 +1,5 @@
-"""The online probe of the papers' CIFAR tables: a linear classifier over all classes that learns beside the network."""
+"""The online probe of the papers' CIFAR tables: a linear classifier over all classes that learns beside the
+network."""
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,10 @@ from models.parallel import full_precision, gather
 class OnlineProbe(nn.Module):
     """Learns from labelled images of all tasks, and passes no gradient on to the network.
 
-    mode: in which the labelled images pass through the backbone. "clean", eval mode: the network is trained as without the
-    probe. "released", as in the released PNR and CaSSLe code: training mode, also through the momentum network where the
-    method has one, so that the running statistics of both see the classes of all tasks, later ones too.
+    mode: in which the labelled images pass through the backbone. "clean", eval mode: the network is trained
+    as without the probe. "released", as in the released PNR and CaSSLe code: training mode, also through the
+    momentum network where the method has one, so that the running statistics of both see the classes of all
+    tasks, later ones too.
     """
 
     def __init__(self, feature_dim, num_classes, mode):
@@ -32,8 +34,8 @@ class OnlineProbe(nn.Module):
         return features
 
     def forward(self, features, labels):
-        """Of this rank's share: features [N/world, F], labels int64 [N/world] -> for the global batch {"online_loss": mean
-        cross-entropy, "online_accuracy": in %}."""
+        """Of this rank's share: features [N/world, F], labels int64 [N/world] -> for the global batch
+        {"online_loss": mean cross-entropy, "online_accuracy": in %}."""
         logits, labels = self.classifier(gather(full_precision(features))), gather(labels)
         accuracy = 100 * (logits.detach().argmax(dim=1) == labels).to(logits.dtype).mean()
         return {"online_loss": F.cross_entropy(logits, labels), "online_accuracy": accuracy}

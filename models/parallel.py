@@ -15,8 +15,9 @@ def full_precision(x):
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenates the ranks' rows. Every rank then computes the same loss of the whole batch, so the gradient that it gets
-    for its own rows is complete; DDP averages parameter gradients over ranks, hence the factor world."""
+    """Concatenates the ranks' rows. Every rank then computes the same loss of the whole batch, so the
+    gradient that it gets for its own rows is complete; DDP averages parameter gradients over ranks, hence the
+    factor world."""
 
     @staticmethod
     def forward(ctx, x):
@@ -32,7 +33,8 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x):
-    """[N / world, D] on each rank -> [N, D] on every rank, in rank order; differentiable. None and one process pass through."""
+    """[N / world, D] on each rank -> [N, D] on every rank, in rank order; differentiable. None and one
+    process pass through."""
     return x if x is None or world_size() == 1 else _Gather.apply(x)
 
 
@@ -53,14 +55,17 @@ class _AllReduce(torch.autograd.Function):
 
 
 class CrossRankBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the batch of all ranks on any device, for where torch's SyncBatchNorm (CUDA only) does not go."""
+    """Batch norm over the batch of all ranks on any device, for where torch's SyncBatchNorm (CUDA only) does
+    not go."""
 
     def _check_input_dim(self, x):
         pass
 
     def forward(self, x):
         if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
         full = full_precision(x)
         dims = [0, *range(2, x.dim())]
         shape = [1, -1] + [1] * (x.dim() - 2)
@@ -79,7 +84,8 @@ class CrossRankBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def sync_batch_norms(module, device):
-    """Makes every batch norm of the module, in place, see the batch of all ranks; its state_dict keeps its keys."""
+    """Makes every batch norm of the module, in place, see the batch of all ranks; its state_dict keeps its
+    keys."""
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for parent in module.modules():

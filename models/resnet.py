@@ -15,9 +15,9 @@ STEMS = ("cifar", "imagenet")
 class ResNet(nn.Module):
     """He et al. (CVPR 2016): images [N, 3, S, S] -> features [N, feature_dim].
 
-    At width 64 the state_dict is that of torchvision's resnet of the same name without fc. The "cifar" stem, for images of
-    up to 64 pixels, is a 3x3 convolution of stride 1 and padding 2 without max-pooling, and with torch's own initialisation, as in
-    the released PNR and CaSSLe code.
+    At width 64 the state_dict is that of torchvision's resnet of the same name without fc. The "cifar" stem,
+    for images of up to 64 pixels, is a 3x3 convolution of stride 1 and padding 2 without max-pooling, and
+    with torch's own initialisation, as in the released PNR and CaSSLe code.
     """
 
     def __init__(self, block, layers, width=64, stem="imagenet"):
@@ -54,11 +54,14 @@ class ResNet(nn.Module):
 def _block(block, channels, planes, stride):
     downsample = None
     if stride != 1 or channels != planes * block.expansion:
-        downsample = nn.Sequential(conv1x1(channels, planes * block.expansion, stride), nn.BatchNorm2d(planes * block.expansion))
+        downsample = nn.Sequential(
+            conv1x1(channels, planes * block.expansion, stride), nn.BatchNorm2d(planes * block.expansion)
+        )
     return block(channels, planes, stride, downsample)
 
 
 def build_backbone(name, width=64, stem="imagenet"):
-    """A ResNet of that name; see BACKBONES and STEMS. Bottleneck blocks keep torchvision's base width of 64 per group."""
+    """A ResNet of that name; see BACKBONES and STEMS. Bottleneck blocks keep torchvision's base width of 64
+    per group."""
     block, layers = BACKBONES[name]
     return ResNet(block, layers, width, stem)

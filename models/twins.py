@@ -14,7 +14,8 @@ def frozen_copy(module):
 
 @torch.no_grad()
 def ema_update(twin, online, tau):
-    """twin <- tau * twin + (1 - tau) * online, parameters only, in one fused pass; buffers follow the twin's own batches."""
+    """twin <- tau * twin + (1 - tau) * online, parameters only, in one fused pass; buffers follow the twin's
+    own batches."""
     torch._foreach_lerp_(list(twin.parameters()), list(online.parameters()), 1 - tau)
 
 
@@ -26,8 +27,8 @@ def ema_tau(progress, base, final):
 class Teacher(nn.Module):
     """The previous task's backbone and projector, frozen: images -> projections [N, D].
 
-    bn="eval" normalises with the statistics of the previous tasks; bn="batch" with those of the present batch. Either way
-    the running statistics stay what they were.
+    bn="eval" normalises with the statistics of the previous tasks; bn="batch" with those of the present
+    batch. Either way the running statistics stay what they were.
     """
 
     def __init__(self, backbone, projector, bn):
@@ -40,7 +41,9 @@ class Teacher(nn.Module):
         super().train(self.bn == "batch")
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.track_running_stats = self.bn == "eval"  # off: batch statistics, and the buffers are left alone
+                module.track_running_stats = (
+                    self.bn == "eval"
+                )  # off: batch statistics, and the buffers are left alone
         return self
 
     @torch.no_grad()

@@ -16,7 +16,8 @@ from utils.run import STOP_SIGNALS
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-BASE = "--backbone resnet10 --width 4 --image_size 8 --batch_size 32 --epochs 2 --log_every 3 --eval knn --device cpu"
+BASE = "--backbone resnet10 --width 4 --image_size 8 --batch_size 32 --epochs 2 --log_every 3 --eval knn"
+BASE += " --device cpu"
 SMALL = {
     "moco": "--moco_queue_size 64 --moco_hidden 32 --moco_dim 16",
     "simclr": "--simclr_hidden 32 --simclr_dim 16",
@@ -43,14 +44,19 @@ def arguments(extra="", method="moco"):
 def command(script, flags, **options):
     """Runs a script of the project in a process of its own; flags is one string."""
     call = [sys.executable, *([script] if script == "-m" else [str(ROOT / script)]), *flags.split()]
-    return subprocess.run(call, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, **options)
+    return subprocess.run(
+        call, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, **options
+    )
 
 
-mp.get_context("forkserver").set_forkserver_preload(["main_cssl"])  # imported once for all processes that the tests start
+mp.get_context("forkserver").set_forkserver_preload(
+    ["main_cssl"]
+)  # imported once for all processes that the tests start
 
 
 def start_ranks(function, world, *args):
-    """Calls function(rank, world, *args) in `world` processes and waits for them; raises where one of them does."""
+    """Calls function(rank, world, *args) in `world` processes and waits for them; raises where one of them
+    does."""
     mp.start_processes(function, (world, *args), nprocs=world, start_method="forkserver")
 
 
@@ -60,9 +66,12 @@ def run(flags, script=main_cssl):
 
 
 def outcome(folder):
-    """What two equal runs have in common, to be compared with `same`: logs and results, byte for byte, and all weights."""
+    """What two equal runs have in common, to be compared with `same`: logs and results, byte for byte, and
+    all weights."""
     networks = {path.name: torch.load(path) for path in folder.glob("task*.pt")}
-    parts = {name: {part: network[part] for part in ("backbone", "heads")} for name, network in networks.items()}
+    parts = {
+        name: {part: network[part] for part in ("backbone", "heads")} for name, network in networks.items()
+    }
     return parts | {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "results.json")}
 
 
@@ -87,7 +96,8 @@ def counters(folder):
 
 @pytest.fixture(autouse=True)
 def _as_found():
-    """One thread, here and in ENVIRONMENT, so that all processes of a test compute the same bits; and pytest's signals back."""
+    """One thread, here and in ENVIRONMENT, so that all processes of a test compute the same bits; and
+    pytest's signals back."""
     torch.set_num_threads(1)
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield

@@ -1,12 +1,14 @@
-"""Disturbs runs in every way that machines know, and starts them again: each must end where an undisturbed run ends.
+"""Disturbs runs in every way that machines know, and starts them again: each must end where an undisturbed
+run ends.
 
-    python tests/fault_campaign.py               the long form: 25 kills, and every other fault in every phase of a run
-    python tests/fault_campaign.py --short       each fault once, as in the test suite
-    python tests/fault_campaign.py --only nan    the faults whose name holds a word; --seed 1 for other moments
+    python tests/fault_campaign.py               the long form: 25 kills, and every other fault in every phase
+    of a run python tests/fault_campaign.py --short       each fault once, as in the test suite python
+    tests/fault_campaign.py --only nan    the faults whose name holds a word; --seed 1 for other moments
 
-Prints what was tried, how often it struck, and what was lost; the exit status is 0 if nothing was. A run is lost if the disturbance
-costs more steps than those since the last checkpoint was due, and SIGTERM any; if the same command then does not go on from that
-checkpoint, or does not end with the same metrics, results and weights, bit for bit; or if a failure was not one line that says so.
+Prints what was tried, how often it struck, and what was lost; the exit status is 0 if nothing was. A run is
+lost if the disturbance costs more steps than those since the last checkpoint was due, and SIGTERM any; if the
+same command then does not go on from that checkpoint, or does not end with the same metrics, results and
+weights, bit for bit; or if a failure was not one line that says so.
 """
 
 import argparse
@@ -67,7 +69,8 @@ PHASES = {
 
 @dataclass
 class Disturbance:
-    """Takes its action at the given call (from 1) of a phase's function; `mark` is a file that then holds the steps done so far."""
+    """Takes its action at the given call (from 1) of a phase's function; `mark` is a file that then holds the
+    steps done so far."""
 
     action: str
     phase: str
@@ -129,7 +132,8 @@ def replace(phase, around):
 
 
 def work(flags, folder, disturbance, counts):
-    """A run in a process of its own, with its output in files beside the folder; writes a line per call of a phase to counts."""
+    """A run in a process of its own, with its output in files beside the folder; writes a line per call of a
+    phase to counts."""
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     main_cssl.torch.set_num_threads(1)
@@ -165,7 +169,9 @@ def work(flags, folder, disturbance, counts):
         for phase in PHASES:
             replace(phase, count(phase))
     flags = f"{flags} --out_dir {folder}".split()
-    sys.exit(main_cssl.report_errors(lambda: main_cssl.main(main_cssl.parse_arguments(flags)), "main_cssl.py"))
+    sys.exit(
+        main_cssl.report_errors(lambda: main_cssl.main(main_cssl.parse_arguments(flags)), "main_cssl.py")
+    )
 
 
 class Experiment:
@@ -205,7 +211,9 @@ class Experiment:
         disturbance = Disturbance(action, phase, call, f"{folder}.mark")
         status = self.run(folder, disturbance)
         struck = Path(disturbance.mark).exists()
-        allowed = 0 if not struck else 2 if (action, phase) == ("kill", "decoding") else EXPECTED[action]  # that killed a worker
+        allowed = (
+            0 if not struck else 2 if (action, phase) == ("kill", "decoding") else EXPECTED[action]
+        )  # that killed a worker
         steps = int(Path(disturbance.mark).read_text()) if struck else 0
         kept = (counters(folder) or {"global_step": 0})["global_step"]
         lost = self.verdict(folder, status, (allowed,), WORDS.get(action, "") if allowed != 0 else "")
@@ -222,7 +230,9 @@ class Experiment:
         own = [line for line in lines if line.startswith("main_cssl.py:")]
         if status not in allowed:
             return f"ended with status {status}, not {allowed}: {kept}"
-        if (status > 0 and (len(own) != 1 or words not in own[0])) or any("Traceback" in line for line in lines):
+        if (status > 0 and (len(own) != 1 or words not in own[0])) or any(
+            "Traceback" in line for line in lines
+        ):
             return f"not one line with {words!r}: {kept}"
         return self.rerun(folder)
 
@@ -252,12 +262,17 @@ class Experiment:
     def damage(self, how, place):
         """last.pt of an interrupted run is damaged; the one before it is used."""
         folder = self.folder()
-        killed = self.run(folder, Disturbance("kill", "EMA and queues", self.calls["EMA and queues"] * 3 // 4, f"{folder}.mark"))
+        killed = self.run(
+            folder,
+            Disturbance("kill", "EMA and queues", self.calls["EMA and queues"] * 3 // 4, f"{folder}.mark"),
+        )
         assert killed == -signal.SIGKILL
         last = folder / "last.pt"
         content = bytearray(last.read_bytes())
         if how == "flipped":  # a kilobyte within the tensors
-            kilobyte = slice(int(len(content) * (0.25 + place / 2)), int(len(content) * (0.25 + place / 2)) + 1024)
+            kilobyte = slice(
+                int(len(content) * (0.25 + place / 2)), int(len(content) * (0.25 + place / 2)) + 1024
+            )
             content[kilobyte] = bytes(255 - byte for byte in content[kilobyte])
         cut = content[: 1 + int(place * (len(content) - 1))]
         last.write_bytes({"truncated": cut, "empty": b"", "foreign": b"no checkpoint"}.get(how, content))
@@ -268,10 +283,13 @@ class Experiment:
         return True, lost or (None if warned or how == "missing" else f"no warning: {folder}.err")
 
     def fill_disk(self, free):
-        """A disk of its own for the run, so small that `free` of its bytes are left; then there is room again."""
+        """A disk of its own for the run, so small that `free` of its bytes are left; then there is room
+        again."""
         folder = self.folder()
         folder.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], check=True, capture_output=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], check=True, capture_output=True
+        )
         try:
             (folder / "filler").write_bytes(bytes(max(0, 16 * 2**20 - free)))
             status = self.run(folder)
@@ -317,24 +335,34 @@ class Pair:
 
 def may_mount():
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True) if shutil.which("mount") else None
-        return done is not None and done.returncode == 0 and subprocess.run(["umount", folder]).returncode == 0
+        done = (
+            subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True)
+            if shutil.which("mount")
+            else None
+        )
+        return (
+            done is not None and done.returncode == 0 and subprocess.run(["umount", folder]).returncode == 0
+        )
 
 
 def trials(root, short, rng):
     """Yields (name of a fault, function that tries it once)."""
     flags = f"{TINY} --num_tasks 2 --epochs 1 --save_every {SAVE_EVERY} --batch_size 64"
-    tree = trees.fill(root / "images", [f"{split}/{name}" for split in ("train", "test") for name in "abcd"], 32)
-    files = (
-        f"{flags} --dataset folder --data_dir {tree} --workers 1 --cache disk --cache_size 16 --batch_size 8 --moco_queue_size 16"
+    tree = trees.fill(
+        root / "images", [f"{split}/{name}" for split in ("train", "test") for name in "abcd"], 32
     )
+    files = f"{flags} --dataset folder --data_dir {tree} --workers 1 --cache disk --cache_size 16"
+    files += " --batch_size 8 --moco_queue_size 16"
     memory, streamed = Experiment("memory", flags, root), Experiment("streamed", files, root)
 
     def disturb(action, phase, of=streamed):
         return partial(of.disturb, action, phase, rng.randint(1, of.calls[phase]))
 
     for phase in ("caching", "extracting features", "saving", "between tasks") if short else PHASES:
-        yield f"SIGKILL, {phase}", disturb("kill", phase, rng.choice([e for e in (memory, streamed) if e.calls[phase]]))
+        yield (
+            f"SIGKILL, {phase}",
+            disturb("kill", phase, rng.choice([e for e in (memory, streamed) if e.calls[phase]])),
+        )
     for _ in range(1 if short else 4):
         yield "SIGKILL at any moment", partial(rng.choice([memory, streamed]).kill_at_a_moment, rng.random())
     if not short:  # tests/test_torchrun.py has one
@@ -344,7 +372,11 @@ def trials(root, short, rng):
     for phase in ("augmenting", "saving", "classifying") if short else PHASES:
         if phase != "decoding":  # workers leave signals to the main process
             yield f"SIGTERM, {phase}", disturb("terminate", phase)
-    for how in ("flipped", "truncated", "empty") if short else ("flipped", "truncated", "empty", "foreign", "missing"):
+    for how in (
+        ("flipped", "truncated", "empty")
+        if short
+        else ("flipped", "truncated", "empty", "foreign", "missing")
+    ):
         yield f"last.pt {how}", partial(memory.damage, how, rng.random())
     repeat = 1 if short else 3
     for i in range(repeat):
@@ -378,20 +410,29 @@ def campaign(short=False, only="", seed=0, show=print):
             struck[name] += hit
             if loss is not None:
                 lost.append(f"{name}: {loss}")
-            show(f"{name:34s} {'lost' if loss else 'as undisturbed' if hit else 'as undisturbed (it ended first)'}")
+            show(
+                f"{name:34s} "
+                f"{'lost' if loss else 'as undisturbed' if hit else 'as undisturbed (it ended first)'}"
+            )
     show(f"\n{'fault':34s} tried  struck")
     for name in tried:
         show(f"{name:34s} {tried[name]:5d} {struck[name]:7d}")
     if not tried:
         lost.append(f"no fault is called {only!r}")
-    show("\n".join([f"{sum(tried.values())} faults, {sum(struck.values())} struck, {len(lost)} runs lost", *lost]))
+    show(
+        "\n".join(
+            [f"{sum(tried.values())} faults, {sum(struck.values())} struck, {len(lost)} runs lost", *lost]
+        )
+    )
     if not lost:
         shutil.rmtree(root)
     return lost
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--short", action="store_true", help="each fault once")
     parser.add_argument("--only", default="", help="faults whose name holds this word")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")

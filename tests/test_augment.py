@@ -1,5 +1,6 @@
-"""The views are torchvision's: every operation and whole views with the same parameters, the draws in distribution; and the
-loader serves them in an order that is a permutation, resumes, and is shared between ranks without changing a bit."""
+"""The views are torchvision's: every operation and whole views with the same parameters, the draws in
+distribution; and the loader serves them in an order that is a permutation, resumes, and is shared between
+ranks without changing a bit."""
 
 import itertools
 from dataclasses import replace
@@ -21,7 +22,9 @@ ADJUST = {
     "saturation": F.adjust_saturation,
     "hue": F.adjust_hue,
 }
-BUSY = ViewConfig(16, jitter_p=0.8, grey_p=0.4, blur_p=0.5, solarize_p=0.5)  # each sample meets a different subset
+BUSY = ViewConfig(
+    16, jitter_p=0.8, grey_p=0.4, blur_p=0.5, solarize_p=0.5
+)  # each sample meets a different subset
 
 
 def noise(n, height, width, seed=0):
@@ -30,7 +33,8 @@ def noise(n, height, width, seed=0):
 
 
 def colours(size=16):
-    """float [7, 3, size, size]: noise, faint noise, grey noise, the corners of the colour cube, black, white and mid-grey."""
+    """float [7, 3, size, size]: noise, faint noise, grey noise, the corners of the colour cube, black, white
+    and mid-grey."""
     x = torch.rand(3, 3, size, size, generator=generator(1))
     x[1] = 0.5 + 0.02 * (x[1] - 0.5)
     x[2] = x[2, :1]
@@ -40,10 +44,12 @@ def colours(size=16):
 
 
 def params(n, rows, columns, **changes):
-    """ViewParams that take the whole image of rows x columns pixels and leave it as it is, except for the changes."""
+    """ViewParams that take the whole image of rows x columns pixels and leave it as it is, except for the
+    changes."""
     off, zero, one = torch.zeros(n, dtype=torch.bool), torch.zeros(n), torch.ones(n)
     plain = ViewParams(
-        top=zero, left=zero, height=rows * one, width=columns * one, flip=off, jitter=off, brightness=one, contrast=one,
+        top=zero, left=zero, height=rows * one, width=columns * one, flip=off, jitter=off, brightness=one,
+        contrast=one,
         saturation=one, hue=zero, grey=off, blur=off, sigma=one, solarize=off, jitter_order=JITTER_OPS,
     )  # fmt: skip
     return replace(plain, **changes)
@@ -80,7 +86,8 @@ def assert_close(ours, theirs, atol=1e-5):
 
 
 def boxes(n, height, width, seed):
-    """Boxes of any size and position; the first ones are the whole image, single pixels in the corners, a row and a column."""
+    """Boxes of any size and position; the first ones are the whole image, single pixels in the corners, a row
+    and a column."""
     u = torch.rand(4, n, generator=generator(seed))
     h, w = (u[0] * height).floor() + 1, (u[1] * width).floor() + 1
     h[:5], w[:5] = torch.tensor([height, 1, 1, 1, height]), torch.tensor([width, 1, 1, width, 1])
@@ -108,7 +115,10 @@ def test_flip_is_folded_into_the_crop():
     images = noise(40, 40, 24)
     p = params(40, 40, 24, **boxes(40, 40, 24, seed=4), flip=torch.arange(40) % 2 == 0)
     theirs = [torchvision_crop(image, p, i, 16) for i, image in enumerate(images)]
-    assert_close(augment.crop_resize(images, p, 16), [F.horizontal_flip(x) if p.flip[i] else x for i, x in enumerate(theirs)])
+    assert_close(
+        augment.crop_resize(images, p, 16),
+        [F.horizontal_flip(x) if p.flip[i] else x for i, x in enumerate(theirs)],
+    )
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
@@ -129,13 +139,20 @@ def test_hue(shift):
 
 def test_factors_belong_to_their_samples():
     x = torch.rand(6, 3, 16, 16, generator=generator(5))
-    for name, low, high in [("brightness", 0.6, 1.4), ("contrast", 0.6, 1.4), ("saturation", 0.8, 1.2), ("hue", -0.1, 0.1)]:
+    for name, low, high in [
+        ("brightness", 0.6, 1.4),
+        ("contrast", 0.6, 1.4),
+        ("saturation", 0.8, 1.2),
+        ("hue", -0.1, 0.1),
+    ]:
         factors = torch.linspace(low, high, 6)
         theirs = [ADJUST[name](sample, f.item()) for sample, f in zip(x, factors)]
         assert_close(getattr(augment, f"{name}_")(x.clone(), factors.view(-1, 1, 1, 1)), theirs)
 
 
-@pytest.mark.parametrize("order", [JITTER_OPS, JITTER_OPS[::-1], ("hue", "brightness", "saturation", "contrast")])
+@pytest.mark.parametrize(
+    "order", [JITTER_OPS, JITTER_OPS[::-1], ("hue", "brightness", "saturation", "contrast")]
+)
 def test_jitter_follows_the_drawn_order(order):
     x = colours()
     p = params(
@@ -159,8 +176,13 @@ def test_greyscale_only_where_drawn():
 @pytest.mark.parametrize("size", [16, 32])
 def test_blur_has_a_sigma_for_each_sample(size):
     x = colours(size)
-    p = params(7, size, size, blur=torch.tensor([1, 0, 1, 1, 0, 1, 1]).bool(), sigma=torch.linspace(0.1, 2, 7))
-    theirs = [F.gaussian_blur(sample, [13, 13], [p.sigma[i].item()]) if p.blur[i] else sample for i, sample in enumerate(x)]
+    p = params(
+        7, size, size, blur=torch.tensor([1, 0, 1, 1, 0, 1, 1]).bool(), sigma=torch.linspace(0.1, 2, 7)
+    )
+    theirs = [
+        F.gaussian_blur(sample, [13, 13], [p.sigma[i].item()]) if p.blur[i] else sample
+        for i, sample in enumerate(x)
+    ]
     assert_close(augment.distort(x.clone(), p), theirs)
 
 
@@ -186,8 +208,11 @@ def digit_images():
 
 
 def colour_images():
-    """Noise at several scales, so that there are edges, gradients and flat regions; strong enough to saturate."""
-    layers = [F.resize(noise(150, s, s, seed=s).float(), [24, 40], InterpolationMode.BICUBIC) for s in (2, 5, 12)]
+    """Noise at several scales, so that there are edges, gradients and flat regions; strong enough to
+    saturate."""
+    layers = [
+        F.resize(noise(150, s, s, seed=s).float(), [24, 40], InterpolationMode.BICUBIC) for s in (2, 5, 12)
+    ]
     return (sum(layers) - 255).clamp(0, 255).byte(), (MEAN, STD)
 
 
@@ -204,7 +229,9 @@ def test_make_view_is_the_chain_of_torchvision_operations(source, size):
     assert view.dtype == torch.float32 and view.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(images, before)
     # the pixels here are divided by the standard deviation, and so are the rounding errors
-    assert_close(view, [torchvision_view(image, p, i, size, mean, std) for i, image in enumerate(images)], atol=1e-4)
+    assert_close(
+        view, [torchvision_view(image, p, i, size, mean, std) for i, image in enumerate(images)], atol=1e-4
+    )
 
 
 # ---- draws
@@ -221,7 +248,8 @@ def distance(a, b):
 @pytest.mark.parametrize("shape", [(32, 32), (96, 64), (16, 128), (128, 16)])
 @pytest.mark.parametrize("min_scale", [0.08, 0.2])
 def test_boxes_are_distributed_as_torchvisions(shape, min_scale):
-    """In the elongated images most tries are misfits, so there the number of tries and the fallback count too."""
+    """In the elongated images most tries are misfits, so there the number of tries and the fallback count
+    too."""
     n = 5000
     top, left, h, w = augment.draw_boxes(n, *shape, min_scale, generator(7))
     for start, length, side in ((top, h, shape[0]), (left, w, shape[1])):
@@ -230,7 +258,9 @@ def test_boxes_are_distributed_as_torchvisions(shape, min_scale):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(8)
         image = torch.empty(3, *shape)
-        theirs = torch.tensor([RandomResizedCrop.get_params(image, (min_scale, 1), (3 / 4, 4 / 3)) for _ in range(n)])
+        theirs = torch.tensor(
+            [RandomResizedCrop.get_params(image, (min_scale, 1), (3 / 4, 4 / 3)) for _ in range(n)]
+        )
     their_top, their_left, their_h, their_w = theirs.T
     pairs = {
         "top": (top, their_top),
@@ -243,7 +273,9 @@ def test_boxes_are_distributed_as_torchvisions(shape, min_scale):
         "room right": (shape[1] - w - left, shape[1] - their_w - their_left),
     }
     distances = {name: distance(*pair) for name, pair in pairs.items()}
-    assert max(distances.values()) < 0.036, distances  # two samples of one distribution exceed it once in about 300
+    assert max(distances.values()) < 0.036, (
+        distances
+    )  # two samples of one distribution exceed it once in about 300
 
 
 @pytest.mark.parametrize("shape", [(4, 100), (5, 101), (100, 4), (101, 5), (64, 21)])
@@ -314,15 +346,32 @@ def test_slice_of_params_is_the_rows_of_the_whole():
 
 
 def test_generator_depends_on_every_entry_of_its_key():
-    keys = [(5, 1, 2, 3), (6, 1, 2, 3), (5, 2, 2, 3), (5, 1, 3, 3), (5, 1, 2, 4), (1, 5, 2, 3), (5, 1, 3, 2), (5, 1, 2)]
-    keys += [(0,), (0, 0), (5, 1, 0), (5, 1, 0, 0)]  # an epoch's order and its first step's views are different streams
+    keys = [
+        (5, 1, 2, 3),
+        (6, 1, 2, 3),
+        (5, 2, 2, 3),
+        (5, 1, 3, 3),
+        (5, 1, 2, 4),
+        (1, 5, 2, 3),
+        (5, 1, 3, 2),
+        (5, 1, 2),
+    ]
+    keys += [
+        (0,),
+        (0, 0),
+        (5, 1, 0),
+        (5, 1, 0, 0),
+    ]  # an epoch's order and its first step's views are different streams
     streams = {tuple(torch.rand(4, generator=generator(*key)).tolist()): key for key in keys}
     assert len(streams) == len(keys), f"only these keys have streams of their own: {list(streams.values())}"
-    assert all(tuple(torch.rand(4, generator=generator(*key)).tolist()) == stream for stream, key in streams.items())
+    assert all(
+        tuple(torch.rand(4, generator=generator(*key)).tolist()) == stream for stream, key in streams.items()
+    )
 
 
 def numbered_loader(n=46, batch_size=5, seed=5, task=1):
-    """A loader of flat images whose colour is their number, with views that leave it: odd numbers below n are the task."""
+    """A loader of flat images whose colour is their number, with views that leave it: odd numbers below n are
+    the task."""
     images = torch.arange(n, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 8, 8)
     view = ViewConfig(8, jitter_p=0, grey_p=0, flip_p=0)
     return Loader(images, torch.arange(1, n, 2), batch_size, [view, view], (0.0,) * 3, (1.0,) * 3, seed, task)
@@ -330,7 +379,9 @@ def numbered_loader(n=46, batch_size=5, seed=5, task=1):
 
 def numbers(batches):
     """The numbers of the images in each batch; both views must agree on them."""
-    first, second = (torch.stack([(v[:, 0, 0, 0] * 255).round().long() for v in views]) for views in zip(*batches))
+    first, second = (
+        torch.stack([(v[:, 0, 0, 0] * 255).round().long() for v in views]) for views in zip(*batches)
+    )
     assert torch.equal(first, second)
     return first
 
@@ -353,7 +404,9 @@ def test_last_incomplete_batch_is_dropped():
     loader = numbered_loader(n=46)  # 23 images
     seen = numbers(loader.epoch(0))
     assert loader.steps == 4 and seen.shape == (4, 5) and len(seen.unique()) == 20
-    assert len(torch.cat([numbers(loader.epoch(e)) for e in range(10)]).unique()) == 23  # others are dropped each time
+    assert (
+        len(torch.cat([numbers(loader.epoch(e)) for e in range(10)]).unique()) == 23
+    )  # others are dropped each time
 
 
 def test_task_smaller_than_a_batch_is_an_error():

@@ -46,7 +46,8 @@ def pixels(data, extra=""):
 
 
 def small(data, out, extra=""):
-    return f"{TINY} --dataset cifar100 --data_dir {data} --out_dir {out} --num_tasks 2 --batch_size 4 --moco_queue_size 8 {extra}"
+    flags = f"--dataset cifar100 --data_dir {data} --out_dir {out} --num_tasks 2 --batch_size 4"
+    return f"{TINY} {flags} --moco_queue_size 8 {extra}"
 
 
 def test_good_folders_train(folders, tmp_path, capsys):
@@ -56,7 +57,13 @@ def test_good_folders_train(folders, tmp_path, capsys):
 
 
 def test_missing_data(tmp_path, capsys):
-    fails(capsys, small(tmp_path / "nowhere", tmp_path / "run"), "no CIFAR100 in", "--download", "train/<class>/")
+    fails(
+        capsys,
+        small(tmp_path / "nowhere", tmp_path / "run"),
+        "no CIFAR100 in",
+        "--download",
+        "train/<class>/",
+    )
     (tmp_path / "empty" / "train").mkdir(parents=True)
     fails(capsys, small(tmp_path / "empty", tmp_path / "run"), "holds no class folders")
     assert not (tmp_path / "run").exists()
@@ -68,7 +75,12 @@ def test_class_folder_without_images(folders, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "spoil", [lambda p: p.write_bytes(b""), lambda p: p.write_bytes(p.read_bytes()[:60]), lambda p: p.write_text("no")]
+    "spoil",
+    [
+        lambda p: p.write_bytes(b""),
+        lambda p: p.write_bytes(p.read_bytes()[:60]),
+        lambda p: p.write_text("no"),
+    ],
 )
 def test_undecodable_image(folders, tmp_path, capsys, spoil):
     path = folders / "train" / "bee" / "2.png"
@@ -77,7 +89,8 @@ def test_undecodable_image(folders, tmp_path, capsys, spoil):
 
 
 def test_odd_images_are_read(folders):
-    """Palette with transparency, grey, 16-bit grey and RGBA images become RGB; hidden files are passed over."""
+    """Palette with transparency, grey, 16-bit grey and RGBA images become RGB; hidden files are passed
+    over."""
     place = folders / "train" / "ant"
     ramp = np.linspace(0, 65535, 64).reshape(8, 8)
     Image.fromarray(ramp.astype(np.uint16)).save(place / "0.png")
@@ -148,7 +161,12 @@ def test_checkpoint_of_another_architecture(tmp_path, capsys):
         "conv1.weight",
         "--width 8",
     )
-    fails(capsys, f"{TINY} --moco_dim 8 --init_from {file} --out_dir {tmp_path / 'two'}", "another architecture", "projector")
+    fails(
+        capsys,
+        f"{TINY} --moco_dim 8 --init_from {file} --out_dir {tmp_path / 'two'}",
+        "another architecture",
+        "projector",
+    )
     fails(capsys, f"--checkpoint {file} --backbone resnet18", "another architecture", script=main_linear)
     capsys.readouterr()
 
@@ -159,7 +177,12 @@ def test_main_linear_needs_a_network(tmp_path, capsys):
     fails(capsys, f"--checkpoint {tmp_path / 'x.pt'}", "no checkpoint", script=main_linear)
     torch.save({"x": torch.ones(1)}, tmp_path / "x.pt")
     fails(capsys, f"--checkpoint {tmp_path / 'x.pt'}", "--dataset", script=main_linear)
-    fails(capsys, f"--checkpoint {tmp_path / 'x.pt'} --dataset digits", "another architecture", script=main_linear)
+    fails(
+        capsys,
+        f"--checkpoint {tmp_path / 'x.pt'} --dataset digits",
+        "another architecture",
+        script=main_linear,
+    )
 
 
 def test_diverged_run_names_step_task_and_checkpoint(tmp_path, capsys, monkeypatch):
@@ -180,7 +203,8 @@ def test_diverged_run_names_step_task_and_checkpoint(tmp_path, capsys, monkeypat
 
 
 def test_cache(folders, tmp_path, capsys):
-    """Decoded once; a stale, truncated or damaged cache is made again; one that cannot be written is done without."""
+    """Decoded once; a stale, truncated or damaged cache is made again; one that cannot be written is done
+    without."""
     first = pixels(folders)
     cache = next(folders.glob(".cifar100_train_*.cache"))
     written = cache.stat().st_mtime_ns
@@ -203,7 +227,8 @@ def test_cache(folders, tmp_path, capsys):
 
 
 def test_torchvision_layout(tmp_path, capsys, monkeypatch):
-    """Its files are read as they are, and are refused where a checksum is not the known one: nothing foreign is unpickled."""
+    """Its files are read as they are, and are refused where a checksum is not the known one: nothing foreign
+    is unpickled."""
     import pickle
 
     from torchvision.datasets import CIFAR100
@@ -213,7 +238,9 @@ def test_torchvision_layout(tmp_path, capsys, monkeypatch):
     names = [f"class{i}" for i in range(100)]
     pixels = rng.integers(0, 256, (200, 3072), dtype=np.uint8)
     for split in ("train", "test"):
-        (place / split).write_bytes(pickle.dumps({"data": pixels, "fine_labels": [i % 100 for i in range(200)]}))
+        (place / split).write_bytes(
+            pickle.dumps({"data": pixels, "fine_labels": [i % 100 for i in range(200)]})
+        )
     (place / "meta").write_bytes(pickle.dumps({"fine_label_names": names}))
     flags = f"{TINY} --dataset cifar100 --data_dir {tmp_path} --num_tasks 5"
     fails(capsys, flags, "no CIFAR100 in", "--download")
@@ -221,6 +248,8 @@ def test_torchvision_layout(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: True)
     train, _, test = load_dataset(main_cssl.parse_arguments(flags.split()))
     assert (
-        train.classes == names and train.images.shape == (200, 3, 32, 32) and test.labels.tolist() == [i % 100 for i in range(200)]
+        train.classes == names
+        and train.images.shape == (200, 3, 32, 32)
+        and test.labels.tolist() == [i % 100 for i in range(200)]
     )
     assert torch.equal(train.images[7], torch.from_numpy(pixels[7].reshape(3, 32, 32)))

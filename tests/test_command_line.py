@@ -17,13 +17,12 @@ from utils.compare import compare
 from utils.run import Run
 
 FLAGS = """
---dataset --data_dir --download --probe_data_dir --domain_order --workers --cache --cache_size --cache_dir --skip_corrupt
---scenario --num_tasks --image_size --min_scale --blur_p --solarize_p --method
---regularizer --backbone --width --stem --init_from --epochs --batch_size --optimizer --lr --weight_decay --lr_schedule
---warmup_epochs --seed --device --precision --compile --eval --probe_lr --probe_momentum
---online_probe --online_lr --out_dir --save_every --log_every --moco_hidden --moco_dim --moco_queue_size --moco_tau
---moco_tau_distill --moco_ema --predictor_hidden
---teacher_bn --pnr_pseudo_negatives
+--dataset --data_dir --download --probe_data_dir --domain_order --workers --cache --cache_size --cache_dir
+--skip_corrupt --scenario --num_tasks --image_size --min_scale --blur_p --solarize_p --method --regularizer
+--backbone --width --stem --init_from --epochs --batch_size --optimizer --lr --weight_decay --lr_schedule
+--warmup_epochs --seed --device --precision --compile --eval --probe_lr --probe_momentum --online_probe
+--online_lr --out_dir --save_every --log_every --moco_hidden --moco_dim --moco_queue_size --moco_tau
+--moco_tau_distill --moco_ema --predictor_hidden --teacher_bn --pnr_pseudo_negatives
 """.split()
 
 
@@ -46,17 +45,29 @@ def test_flags_stay(capsys):
         main_cssl.parse_arguments(["--help"])
     text = capsys.readouterr().out
     assert ended.value.code == 0
-    assert [flag for flag in FLAGS if f"{flag} " not in text and f"{flag}]" not in text and f"{flag}\n" not in text] == []
+    assert [
+        flag
+        for flag in FLAGS
+        if f"{flag} " not in text and f"{flag}]" not in text and f"{flag}\n" not in text
+    ] == []
 
 
 def test_run_folder(folder):
     names = {path.name.split(".out.")[0] for path in folder.iterdir()} - {".lock"}
-    assert names == {"config.json", "metrics.jsonl", "results.json", "accuracy_matrix.png", "task0.pt", "task1.pt", "last.pt",
+    assert names == {"config.json", "metrics.jsonl", "results.json", "accuracy_matrix.png", "task0.pt",
+                     "task1.pt", "last.pt",
                      "last.prev.pt", "split.pt", "events"}  # fmt: skip
     config = json.loads((folder / "config.json").read_text())
-    assert config["arguments"]["seed"] == 5 and {"torch", "torchvision", "numpy", "python"} <= config["versions"].keys()
+    assert (
+        config["arguments"]["seed"] == 5
+        and {"torch", "torchvision", "numpy", "python"} <= config["versions"].keys()
+    )
     results = json.loads((folder / "results.json").read_text())
-    assert [len(row) for row in results["matrix"]] == [2, 2] and results["tasks"] == 2 and "k-NN" in results["protocol"]
+    assert (
+        [len(row) for row in results["matrix"]] == [2, 2]
+        and results["tasks"] == 2
+        and "k-NN" in results["protocol"]
+    )
     assert results["average_accuracy"] == sum(results["matrix"][-1]) / 2 > 30
     assert (
         results["plasticity"] is None
@@ -77,7 +88,9 @@ def test_tensorboard(folder):
     events.Reload()
     tags = events.Tags()
     wanted = {f"train/{name}" for name in ("loss", "ssl", "lr", "ema_tau", "feature_std")}
-    assert wanted | {"speed/images_per_second", "speed/data_wait_share", "eval/average_accuracy"} <= set(tags["scalars"])
+    assert wanted | {"speed/images_per_second", "speed/data_wait_share", "eval/average_accuracy"} <= set(
+        tags["scalars"]
+    )
     assert {"views", "accuracy_matrix"} <= set(tags["images"])
 
 
@@ -88,8 +101,10 @@ class Crash(Exception):
 @pytest.mark.parametrize("regularizer", REGULARIZERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_combination(method, regularizer, tmp_path, monkeypatch):
-    """Two tasks train, and a run that crashes in the middle of the second one ends with the same bits as one that does not."""
-    flags = f"{tiny(method)} --num_tasks 2 --regularizer {regularizer} --epochs 1 --batch_size 64 --save_every 2 --eval none"
+    """Two tasks train, and a run that crashes in the middle of the second one ends with the same bits as one
+    that does not."""
+    flags = f"{tiny(method)} --num_tasks 2 --regularizer {regularizer} --epochs 1 --batch_size 64 --eval none"
+    flags += " --save_every 2"
     assert run(f"{flags} --out_dir {tmp_path / 'a'}") == 0
 
     def save_and_crash(self, **parts):
@@ -116,7 +131,13 @@ def test_seed_changes_the_run(folder, tmp_path):
 
 def test_init_from_goes_on_like_the_run_itself(folder, tmp_path):
     """From its own task0.pt a run repeats the rest of itself, bit for bit."""
-    assert run(f"{TINY} --num_tasks 2 --regularizer finetune --init_from {folder / 'task0.pt'} --out_dir {tmp_path}") == 0
+    assert (
+        run(
+            f"{TINY} --num_tasks 2 --regularizer finetune --init_from {folder / 'task0.pt'} --out_dir "
+            f"{tmp_path}"
+        )
+        == 0
+    )
     assert networks_equal(folder / "task1.pt", tmp_path / "task1.pt")
     assert (folder / "results.json").read_text() == (tmp_path / "results.json").read_text()
 
@@ -132,11 +153,14 @@ def test_pseudo_negatives_change_the_loss(folder, tmp_path, case):
         losses.append((first["ssl"], first["align"]))
     (ssl, align), (other_ssl, other_align) = losses
     # more negatives, larger loss
-    assert (other_ssl < ssl) == (case in ("reg", "none")) and (other_align < align) == (case in ("main", "none"))
+    assert (other_ssl < ssl) == (case in ("reg", "none")) and (other_align < align) == (
+        case in ("main", "none")
+    )
 
 
 def test_main_linear(folder, capsys):
-    """The training run's protocol gives the training run's numbers; another one stands under its own name beside them."""
+    """The training run's protocol gives the training run's numbers; another one stands under its own name
+    beside them."""
     before = json.loads((folder / "results.json").read_text())
     assert run(f"--run {folder} --protocol knn", script=main_linear) == 0
     assert run(f"--run {folder} --protocol linear --probe_lr 0.5", script=main_linear) == 0
@@ -166,14 +190,19 @@ def test_teacher_bn():
     used = {}
     for regularizer in ("cassle", "pnr"):
         for dataset in ("cifar100", "imagenet100", "imagenet", "domainnet"):
-            used[regularizer, dataset] = arguments(f"--regularizer {regularizer} --dataset {dataset}").teacher_bn
-    assert {key for key, bn in used.items() if bn == "eval"} == {("pnr", d) for d in ("imagenet100", "imagenet", "domainnet")}
+            used[regularizer, dataset] = arguments(
+                f"--regularizer {regularizer} --dataset {dataset}"
+            ).teacher_bn
+    assert {key for key, bn in used.items() if bn == "eval"} == {
+        ("pnr", d) for d in ("imagenet100", "imagenet", "domainnet")
+    }
     assert set(used.values()) == {"eval", "batch"}
     assert arguments("--regularizer pnr --dataset domainnet --teacher_bn batch").teacher_bn == "batch"
 
 
 def test_collapse_is_told(tmp_path, capsys):
-    """Under an absurd rate: when projections collapse, when features have, at the end, and when the command is repeated."""
+    """Under an absurd rate: when projections collapse, when features have, at the end, and when the command
+    is repeated."""
     flags = f"{TINY} --num_tasks 2 --regularizer finetune --lr 1e6 --out_dir {tmp_path}"
     assert run(flags) == 1
     told = capsys.readouterr()
@@ -196,7 +225,11 @@ def test_rows_are_told(tmp_path, capsys):
 
 
 def test_interval():
-    assert interval("500") == (500, "steps") and interval("10m") == (600, "seconds") and interval("90s") == (90, "seconds")
+    assert (
+        interval("500") == (500, "steps")
+        and interval("10m") == (600, "seconds")
+        and interval("90s") == (90, "seconds")
+    )
 
 
 def test_rerun_keeps_tensorboard(tmp_path):
@@ -206,7 +239,9 @@ def test_rerun_keeps_tensorboard(tmp_path):
     def steps():
         events = EventAccumulator(str(tmp_path))
         events.Reload()
-        return [[event.step for event in events.Scalars(tag)] for tag in ("eval/average_accuracy", "epoch/loss")]
+        return [
+            [event.step for event in events.Scalars(tag)] for tag in ("eval/average_accuracy", "epoch/loss")
+        ]
 
     flags = f"{TINY} --num_tasks 2 --epochs 1 --out_dir {tmp_path}"
     assert run(flags) == 0

@@ -1,4 +1,5 @@
-"""Every data set in its real layout, in every scenario, from files to results; what streams is exact; caches; data.check."""
+"""Every data set in its real layout, in every scenario, from files to results; what streams is exact; caches;
+data.check."""
 
 import fcntl
 import gc
@@ -32,8 +33,8 @@ from data.stream import Crops, Stream, StreamLoader, evaluation_stream
 from utils import checkpoint
 from utils.run import Run
 
-FLAGS = "--backbone resnet10 --width 4 --image_size 8 --epochs 1 --log_every 1 --eval knn --device cpu --num_tasks 2"
-FLAGS += " --moco_queue_size 64 --moco_hidden 32 --moco_dim 16"
+FLAGS = "--backbone resnet10 --width 4 --image_size 8 --epochs 1 --log_every 1 --eval knn --device cpu"
+FLAGS += " --num_tasks 2 --moco_queue_size 64 --moco_hidden 32 --moco_dim 16"
 CPU = torch.device("cpu")
 
 
@@ -47,9 +48,20 @@ def data(tmp_path_factory):
     trees.domainnet(root / "domainnet")
     trees.domainnet(root / "one_domain", classes=345, train=1, test=1, domains=DOMAINS[:1])
     trees.fill(
-        root / "folder", [f"{split}/{task}/{name}" for split in ("train", "test") for task in "xyz" for name in ("ant", "bee")], 4
+        root / "folder",
+        [
+            f"{split}/{task}/{name}"
+            for split in ("train", "test")
+            for task in "xyz"
+            for name in ("ant", "bee")
+        ],
+        4,
     )
-    trees.fill(root / "plain", [f"train/{name}" for name in ("ant", "bee")] + [f"val/{name}" for name in ("ant", "bee")], 8)
+    trees.fill(
+        root / "plain",
+        [f"train/{name}" for name in ("ant", "bee")] + [f"val/{name}" for name in ("ant", "bee")],
+        8,
+    )
     trees.fill(root / "unlabelled", ["", "more/deeper"], 8)
     rng = np.random.default_rng(0)
     for name in ("cifar10", "cifar100"):
@@ -61,7 +73,10 @@ def data(tmp_path_factory):
                     Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(place / f"{i}.png")
     (root / "svhn").mkdir()
     for split in ("train", "test"):  # labels 1 to 10, of which 10 is the digit 0
-        pixels, labels = rng.integers(0, 256, (32, 32, 3, 40), dtype=np.uint8), np.arange(40, dtype=np.uint8)[:, None] % 10 + 1
+        pixels, labels = (
+            rng.integers(0, 256, (32, 32, 3, 40), dtype=np.uint8),
+            np.arange(40, dtype=np.uint8)[:, None] % 10 + 1,
+        )
         scipy.io.savemat(root / "svhn" / f"{split}_32x32.mat", {"X": pixels, "y": labels})
     place = root / "stl10" / "stl10_binary"
     place.mkdir(parents=True)
@@ -79,7 +94,8 @@ def _no_checksums(monkeypatch):
     monkeypatch.setattr("torchvision.datasets.STL10._check_integrity", lambda self: True)
 
 
-SETS = {  # name of the folder: --dataset, flags that make epochs of three steps or more, scenarios (class1: joint training)
+# name of the folder: --dataset, flags that make epochs of three steps or more, scenarios (class1: joint)
+SETS = {
     "digits": ("digits", "--batch_size 200 --moco_queue_size 200", "class data"),
     "cifar10": ("cifar10", "--batch_size 6", "class data"),
     "cifar100": ("cifar100", "--batch_size 16", "class data"),
@@ -87,7 +103,11 @@ SETS = {  # name of the folder: --dataset, flags that make epochs of three steps
     "stl10": ("stl10", "--batch_size 6", "data"),
     "imagenet100": ("imagenet100", "--batch_size 32", "class data"),
     "imagenet": ("imagenet", "--batch_size 128 --moco_queue_size 128", "class data"),
-    "domainnet": ("domainnet", "--batch_size 4 --num_tasks 3 --domain_order clipart real sketch", "domain data"),
+    "domainnet": (
+        "domainnet",
+        "--batch_size 4 --num_tasks 3 --domain_order clipart real sketch",
+        "domain data",
+    ),
     "one_domain": ("domainnet", "--batch_size 16 --num_tasks 5 --domain_order real", "class"),
     "folder": ("folder", "--batch_size 2 --num_tasks 3", "domain class1 data"),
     "plain": ("folder", "--batch_size 2", "class data"),
@@ -97,7 +117,9 @@ SETS = {  # name of the folder: --dataset, flags that make epochs of three steps
 
 def flags(data, name, scenario, out):
     dataset, extra, _ = SETS[name]
-    extra += " --scenario domain --num_tasks 3" if scenario == "domain" else f" --scenario {scenario.rstrip('1')}"
+    extra += (
+        " --scenario domain --num_tasks 3" if scenario == "domain" else f" --scenario {scenario.rstrip('1')}"
+    )
     extra += " --num_tasks 1" if scenario == "class1" else ""
     return f"{FLAGS} --dataset {dataset} --data_dir {data / name} {extra} --out_dir {out}"
 
@@ -115,7 +137,9 @@ def test_every_data_set_is_here():
     assert {dataset for dataset, *_ in SETS.values()} == DATASETS.keys()
 
 
-@pytest.mark.parametrize("name, scenario", [(name, s) for name, (*_, scenarios) in SETS.items() for s in scenarios.split()])
+@pytest.mark.parametrize(
+    "name, scenario", [(name, s) for name, (*_, scenarios) in SETS.items() for s in scenarios.split()]
+)
 def test_from_files_to_results(data, name, scenario, tmp_path, monkeypatch, capsys):
     """Without worker processes, and with two and a crash in the middle of an epoch: the same bits."""
     call = flags(data, name, scenario, tmp_path / "a")
@@ -156,19 +180,32 @@ def load(data, name, extra=""):
 def test_contents(data):
     """Labels, classes and domains are those of the files."""
     train, _, test = load(data, "svhn")
-    assert train.labels.tolist() == [(i % 10 + 1) % 10 for i in range(40)] and train.images.shape == (40, 3, 32, 32)
+    assert train.labels.tolist() == [(i % 10 + 1) % 10 for i in range(40)] and train.images.shape == (
+        40,
+        3,
+        32,
+        32,
+    )
     train, probe, test = load(data, "stl10")
     assert (train.labels == -1).all() and train.images.shape == (40, 3, 96, 96)
-    assert probe.labels.tolist() == test.labels.tolist() == [i % 10 for i in range(20)] and probe.classes[3] == "class3"
+    assert (
+        probe.labels.tolist() == test.labels.tolist() == [i % 10 for i in range(20)]
+        and probe.classes[3] == "class3"
+    )
     train, probe, test = load(data, "imagenet100")
-    assert probe is train and len(train.classes) == 100 and len(train.labels) == 200 and len(test.labels) == 100
+    assert (
+        probe is train and len(train.classes) == 100 and len(train.labels) == 200 and len(test.labels) == 100
+    )
     assert all(train.images.path(i).parent.name == train.classes[train.labels[i]] for i in range(200))
     train, _, test = load(data, "domainnet")
     assert train.domain_names == DOMAINS and len(train.labels) == 6 * 12 and len(test.labels) == 6 * 8
     for images in (train, test):
         for i, (label, domain) in enumerate(zip(images.labels.tolist(), images.domains.tolist())):
             place = images.images.path(i).parent
-            assert place.name == f"class{label}" == images.classes[label] and place.parent.name == DOMAINS[domain]
+            assert (
+                place.name == f"class{label}" == images.classes[label]
+                and place.parent.name == DOMAINS[domain]
+            )
     train, _, test = load(data, "folder", "--domain_order z x")
     assert train.domain_names == ("z", "x") and train.classes == ["ant", "bee"] and len(train.labels) == 16
     assert all(train.images.path(i).parent.parent.name == "zx"[train.domains[i]] for i in range(16))
@@ -180,7 +217,8 @@ def test_unlabelled_domains(data, tmp_path):
     shutil.copytree(data / "plain" / "train", tmp_path / "plain" / "train")
     train, probe, test = load(tmp_path, "plain", "--scenario domain")
     assert train.domain_names == ("ant", "bee") and (train.labels == -1).all() and probe is test is None
-    call = f"{FLAGS.replace('--num_tasks 2', '')} --dataset folder --data_dir {tmp_path / 'plain'} --scenario domain --batch_size 2"
+    call = f"{FLAGS.replace('--num_tasks 2', '')} --dataset folder --data_dir {tmp_path / 'plain'}"
+    call += " --scenario domain --batch_size 2"
     assert run(f"{call} --probe_data_dir {data / 'plain'} --out_dir {tmp_path / 'run'}") == 0
     matrix = json.loads((tmp_path / "run" / "results.json").read_text())["matrix"]
     assert [len(set(row)) for row in matrix] == [1, 1] and len(matrix[0]) == 2
@@ -191,12 +229,22 @@ def test_main_linear_keeps_to_the_tasks_of_the_run(data, tmp_path, capsys):
 
     assert run(flags(data, "folder", "domain", tmp_path / "run") + " --domain_order z x --num_tasks 2") == 0
     matrix = json.loads((tmp_path / "run" / "results.json").read_text())["matrix"]
-    fails(capsys, f"--run {tmp_path / 'run'} --domain_order x z", "--domain_order", "leave it out", script=main_linear)
-    fails(capsys, f"--run {tmp_path / 'run'} --cache disk", "--cache disk", "leave it out", script=main_linear)
+    fails(
+        capsys,
+        f"--run {tmp_path / 'run'} --domain_order x z",
+        "--domain_order",
+        "leave it out",
+        script=main_linear,
+    )
+    fails(
+        capsys, f"--run {tmp_path / 'run'} --cache disk", "--cache disk", "leave it out", script=main_linear
+    )
     assert run(f"--run {tmp_path / 'run'} --protocol knn", main_linear) == 0
     assert json.loads((tmp_path / "run" / "results.json").read_text())["knn"]["matrix"] == matrix
     network = tmp_path / "run" / "task1.pt"
-    assert run(f"--checkpoint {network} --dataset digits --protocol knn", main_linear) == 0  # other data, other tasks
+    assert (
+        run(f"--checkpoint {network} --dataset digits --protocol knn", main_linear) == 0
+    )  # other data, other tasks
 
 
 def test_probe_data_dir(data, tmp_path, capsys):
@@ -210,10 +258,17 @@ def test_probe_data_dir(data, tmp_path, capsys):
     linear = f"--run {tmp_path / 'run'} --protocol knn"
     assert run(linear, main_linear) == 0
     assert json.loads((tmp_path / "run" / "results.json").read_text())["knn"]["matrix"] == results["matrix"]
-    fails(capsys, f"{call} --out_dir {tmp_path / 'x'} --probe_data_dir {data / 'unlabelled'}", "--probe_data_dir", "needs labelled")
+    fails(
+        capsys,
+        f"{call} --out_dir {tmp_path / 'x'} --probe_data_dir {data / 'unlabelled'}",
+        "--probe_data_dir",
+        "needs labelled",
+    )
     assert run(f"{call} --out_dir {tmp_path / 'without'}") == 0
     capsys.readouterr()
-    fails(capsys, f"--run {tmp_path / 'without'}", "no labelled images", "--probe_data_dir", script=main_linear)
+    fails(
+        capsys, f"--run {tmp_path / 'without'}", "no labelled images", "--probe_data_dir", script=main_linear
+    )
 
 
 # ---- decoding and streaming
@@ -245,15 +300,24 @@ def test_crops_are_torchvisions_and_depend_on_the_sample_alone(data):
     assert torch.equal(crops[shuffled, key][0], together[shuffled])
     assert torch.equal(crops[torch.tensor([7]), key][0][0], together[7])
     others = [crops[torch.arange(24), other][0] for other in ((5, 1, 4), (5, 2, 3), (6, 1, 3))]
-    for other in (*others, together.flip(1)):  # the largest box is that of any draw in images much wider than high
+    for other in (
+        *others,
+        together.flip(1),
+    ):  # the largest box is that of any draw in images much wider than high
         assert (other == together).flatten(1).all(dim=1).double().mean() < 0.2
     for i in range(24):
         image = images.decode(i)
         height, width = (torch.tensor([float(s)]) for s in image.shape[1:])
         top, left, h, w = (int(b) for b in crops.random_boxes(key, 1, [i], height, width))
-        assert 0 <= top <= top + h <= height and 0 <= left <= left + w <= width and h * w > 0.4 * height * width
-        expected = resize(image[:, top : top + h, left : left + w], [16, 16], InterpolationMode.BICUBIC, antialias=True)
-        assert (together[i, 1].int() - expected.int()).abs().max() <= 2  # its strides are others, and so is the rounding
+        assert (
+            0 <= top <= top + h <= height and 0 <= left <= left + w <= width and h * w > 0.4 * height * width
+        )
+        expected = resize(
+            image[:, top : top + h, left : left + w], [16, 16], InterpolationMode.BICUBIC, antialias=True
+        )
+        assert (
+            together[i, 1].int() - expected.int()
+        ).abs().max() <= 2  # its strides are others, and so is the rounding
 
 
 def test_centre_crops(data):
@@ -265,7 +329,17 @@ def test_centre_crops(data):
     images = files(data)
     labels = images.labels.clone()
     batches = list(
-        evaluation_stream(images, slice(0, len(images.labels)), 16, images.mean, images.std, None, CPU, workers=2, batch_size=10)
+        evaluation_stream(
+            images,
+            slice(0, len(images.labels)),
+            16,
+            images.mean,
+            images.std,
+            None,
+            CPU,
+            workers=2,
+            batch_size=10,
+        )
     )
     assert [len(b) for b in batches] == [10, 10, 4] and torch.equal(images.labels, labels)
 
@@ -273,7 +347,9 @@ def test_centre_crops(data):
 def stream_loader(images, rank=0, world=1, workers=0, skip=False):
     views = [ViewConfig(16, 0.2, blur_p=0.5), ViewConfig(16, 0.5, solarize_p=0.5)]
     stream = Stream(Crops(images, 16, [0.2, 0.5]), workers, CPU, skip)
-    return StreamLoader(stream, torch.arange(len(images)), 8, views, (0.5,) * 3, (0.2,) * 3, 5, 0, rank, world)
+    return StreamLoader(
+        stream, torch.arange(len(images)), 8, views, (0.5,) * 3, (0.2,) * 3, 5, 0, rank, world
+    )
 
 
 def test_ranks_workers_and_resumed_epochs_see_the_same(data):
@@ -282,8 +358,13 @@ def test_ranks_workers_and_resumed_epochs_see_the_same(data):
     assert len(whole) == 3
     workers = stream_loader(images, workers=2)
     list(workers.epoch(0))
-    for got in (list(workers.epoch(1)), [None, *workers.epoch(1, first_step=1)]):  # the same processes serve all epochs
-        assert all(torch.equal(a, b) for g, w in zip(got, whole, strict=True) if g is not None for a, b in zip(g, w))
+    for got in (
+        list(workers.epoch(1)),
+        [None, *workers.epoch(1, first_step=1)],
+    ):  # the same processes serve all epochs
+        assert all(
+            torch.equal(a, b) for g, w in zip(got, whole, strict=True) if g is not None for a, b in zip(g, w)
+        )
     shares = [list(stream_loader(images, rank, 2).epoch(1)) for rank in (0, 1)]
     for step in range(3):
         for view in range(2):
@@ -317,7 +398,8 @@ def spoiled(data, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_image_corrupt_in_the_middle_of_an_epoch(spoiled, tmp_path, capsys, workers):
-    """Its path is named, the checkpoint stays, and the run goes on when the file is mended, or at once with --skip_corrupt."""
+    """Its path is named, the checkpoint stays, and the run goes on when the file is mended, or at once with
+    --skip_corrupt."""
     root, path = spoiled
     call = f"{flags(root, 'plain', 'data', tmp_path / 'run')} --workers {workers} --save_every 1 --eval none"
     whole = path.read_bytes()
@@ -331,7 +413,11 @@ def test_image_corrupt_in_the_middle_of_an_epoch(spoiled, tmp_path, capsys, work
     capsys.readouterr()
     assert run(f"{call} --out_dir {tmp_path / 'skipping'} --skip_corrupt") == 0
     output = capsys.readouterr()
-    assert "1 training images could not be read" in output.out and str(path) in output.err and "the file is empty" in output.err
+    assert (
+        "1 training images could not be read" in output.out
+        and str(path) in output.err
+        and "the file is empty" in output.err
+    )
 
 
 def test_a_skipped_image_gives_its_place_to_the_next(spoiled):
@@ -352,7 +438,16 @@ def test_a_skipped_image_gives_its_place_to_the_next(spoiled):
     images = load(root, "plain")[0]
     list(
         evaluation_stream(
-            images, slice(0, len(images.labels)), 16, images.mean, images.std, None, CPU, 0, skip_corrupt=True, batch_size=1
+            images,
+            slice(0, len(images.labels)),
+            16,
+            images.mean,
+            images.std,
+            None,
+            CPU,
+            0,
+            skip_corrupt=True,
+            batch_size=1,
         )
     )
     assert (images.labels == -1).nonzero().tolist() == [[number]]  # it takes no part in the evaluation
@@ -361,7 +456,9 @@ def test_a_skipped_image_gives_its_place_to_the_next(spoiled):
 def test_a_stalled_or_killed_worker_is_an_error(data, tmp_path, capsys, monkeypatch):
     call = f"{flags(data, 'plain', 'data', tmp_path / 'run')} --workers 1 --eval none"
     monkeypatch.setattr(streams, "TIMEOUT", 1)
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # seconds that PyTorch waits for a worker to end
+    monkeypatch.setattr(
+        torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5
+    )  # seconds that PyTorch waits for a worker to end
     monkeypatch.setattr(Crops, "decode", lambda self, i, unreadable: time.sleep(30))
     fails(capsys, call, "no images came for", "--data_dir")
     monkeypatch.setattr(Crops, "decode", lambda self, i, unreadable: os.kill(os.getpid(), signal.SIGKILL))
@@ -370,9 +467,12 @@ def test_a_stalled_or_killed_worker_is_an_error(data, tmp_path, capsys, monkeypa
 
 
 def test_signals_lose_nothing(data, tmp_path):
-    """SIGTERM to all processes, as batch systems send it: the workers go on until the run has saved, and end with it. SIGKILL
-    to the main process: the workers end with it, and the folder is free at once."""
-    call = flags(data, "imagenet100", "data", tmp_path / "run") + " --workers 2 --epochs 500 --eval none --save_every 1h"
+    """SIGTERM to all processes, as batch systems send it: the workers go on until the run has saved, and end
+    with it. SIGKILL to the main process: the workers end with it, and the folder is free at once."""
+    call = (
+        flags(data, "imagenet100", "data", tmp_path / "run")
+        + " --workers 2 --epochs 500 --eval none --save_every 1h"
+    )
 
     def start():
         arguments = [sys.executable, str(trees.ROOT / "main_cssl.py"), *call.split()]
@@ -410,7 +510,9 @@ def test_cache_holds_reduced_images(data, tmp_path):
         image, small = plain.decode(i), cached.decode(i)
         height, width = image.shape[1:]
         assert min(small.shape[1:]) == 20 and abs(small.shape[2] / small.shape[1] - width / height) < 0.06
-        expected = torch.nn.functional.interpolate(image.unsqueeze(0).float(), small.shape[1:], mode="bicubic", antialias=True)[0]
+        expected = torch.nn.functional.interpolate(
+            image.unsqueeze(0).float(), small.shape[1:], mode="bicubic", antialias=True
+        )[0]
         assert (small - expected.clamp(0, 255)).abs().max() < 2
     part = cached[torch.tensor([5, 2])]
     assert part.path(1) == plain.path(2) and torch.equal(part.decode(1), cached.decode(2))
@@ -425,7 +527,8 @@ def test_cache_holds_reduced_images(data, tmp_path):
 def test_cached_runs(data, tmp_path, cache, capsys):
     """Workers or not, the same bits; --cache disk decodes once, --cache ram leaves nothing behind."""
     before = set(trees.Path("/dev/shm").iterdir())
-    call = f"{flags(data, 'plain', 'class', tmp_path / 'a')} --cache {cache} --cache_size 20 --cache_dir {tmp_path / 'cache'}"
+    call = f"{flags(data, 'plain', 'class', tmp_path / 'a')} --cache {cache} --cache_size 20"
+    call += f" --cache_dir {tmp_path / 'cache'}"
     assert run(f"{call} --workers 0") == 0
     written = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").glob("*.cache")}
     assert len(written) == (2 if cache == "disk" else 0)
@@ -447,7 +550,8 @@ def test_damaged_caches_are_made_again(data, tmp_path, capsys):
 
 
 def test_corrupt_small_images(data, tmp_path, capsys):
-    """--skip_corrupt leaves images out of what is held in memory, whether or not the cache is there already."""
+    """--skip_corrupt leaves images out of what is held in memory, whether or not the cache is there
+    already."""
     shutil.copytree(data / "cifar10", tmp_path / "cifar10", ignore=shutil.ignore_patterns(".*"))
     path = tmp_path / "cifar10" / "train" / "003" / "1.png"
     path.write_bytes(b"")
@@ -470,7 +574,10 @@ def test_two_jobs_make_one_cache(data, tmp_path, monkeypatch, capsys):
     decoded = []
     monkeypatch.setattr("data.cache.decode", lambda path: decoded.append(path) or decode(path))
     caches = []
-    jobs = [threading.Thread(target=lambda: caches.append(open_cache(images, tmp_path / "cache", 20))) for _ in range(3)]
+    jobs = [
+        threading.Thread(target=lambda: caches.append(open_cache(images, tmp_path / "cache", 20)))
+        for _ in range(3)
+    ]
     for job in jobs:
         job.start()
     for job in jobs:
@@ -490,7 +597,12 @@ def test_cache_problems(spoiled, tmp_path, capsys, monkeypatch):
     path.write_bytes(whole)  # written after the cache, which is made again
     assert run(f"{call} --out_dir {tmp_path / 'mended'}") == 0
     (tmp_path / "file").write_text("")
-    fails(capsys, f"{call} --cache_dir {tmp_path / 'file'} --out_dir {tmp_path / 'x'}", "cannot write", "--cache_dir")
+    fails(
+        capsys,
+        f"{call} --cache_dir {tmp_path / 'file'} --out_dir {tmp_path / 'x'}",
+        "cannot write",
+        "--cache_dir",
+    )
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -526,7 +638,9 @@ def test_bad_trees(data, tmp_path, capsys):
     bad("domainnet", "--domain_order cartoon", "real", extra="--domain_order cartoon")
     bad("domainnet", "names a domain twice", extra="--domain_order real real")
 
-    trees.imagenet(tmp_path / "imagenet100", (trees.ROOT / "data" / "imagenet100_classes.txt").read_text().split()[2:], 1)
+    trees.imagenet(
+        tmp_path / "imagenet100", (trees.ROOT / "data" / "imagenet100_classes.txt").read_text().split()[2:], 1
+    )
     bad("imagenet100", "train lacks 2 of", "n01558993 n01692333")
     shutil.copytree(data / "imagenet" / "train", tmp_path / "imagenet" / "train")
     trees.fill(tmp_path / "imagenet", ["val"], 3)
@@ -544,7 +658,9 @@ def test_bad_trees(data, tmp_path, capsys):
     bad("plain", "throughout", "ant/1.JPEG", "ant/deep/1.JPEG")
     bad("plain", "no folder", extra=f"--data_dir {tmp_path / 'nowhere'}")
     bad("plain", "fewer than --batch_size 16", extra=f"--data_dir {data / 'plain'} --batch_size 16")
-    bad("plain", "has no domains", extra=f"--data_dir {data / 'cifar10'} --dataset cifar10", scenario="domain")
+    bad(
+        "plain", "has no domains", extra=f"--data_dir {data / 'cifar10'} --dataset cifar10", scenario="domain"
+    )
     bad("plain", "<task>/<class>/<image>", extra=f"--data_dir {data / 'plain'}", scenario="domain")
     (tmp_path / "renamed" / "test" / "ant").mkdir(parents=True)
     bad("plain", "test/ but no train/", extra=f"--data_dir {tmp_path / 'renamed'}")
@@ -578,8 +694,10 @@ def test_check(data, tmp_path, capsys):
     good = f"--dataset domainnet --data_dir {data / 'domainnet'} --scenario domain --batch_size 4"
     status, out = checked(capsys, good)
     assert status == 0 and out.strip().endswith("training would run")
-    for words in ("train: 72 images of 345 classes", "domain sketch: 12 images of 4 classes", "class2", "CMYK", "greyscale",
-                  "341 of 345 classes have no", "palette", "turned by EXIF", "look alike in train and test"):  # fmt: skip
+    for words in ("train: 72 images of 345 classes", "domain sketch: 12 images of 4 classes", "class2",
+                  "CMYK", "greyscale",
+                  "341 of 345 classes have no", "palette", "turned by EXIF", "look alike in train and "
+                                                                             "test"):  # fmt: skip
         assert words in out, words
     assert checked(capsys, good.replace("size 4", "size 13"))[0] == 2
     shutil.copytree(data / "plain", tmp_path / "plain")
@@ -593,7 +711,12 @@ def test_check(data, tmp_path, capsys):
     (train / "bee" / "2.JPEG").write_text("no image")
     bad = f"--dataset folder --data_dir {tmp_path / 'plain'} --batch_size 2 --num_tasks 2"
     status, out = checked(capsys, bad)
-    assert status == 2 and "3 cannot be read" in out and "training would not run" in out and "--skip_corrupt" in out
+    assert (
+        status == 2
+        and "3 cannot be read" in out
+        and "training would not run" in out
+        and "--skip_corrupt" in out
+    )
     for name, kind in (("ant/0.JPEG", "empty"), ("ant/1.JPEG", "truncated"), ("bee/2.JPEG", "not an image")):
         assert f"{train / name}: {kind}" in out
     assert checked(capsys, f"{bad} --skip_corrupt")[0] == 0
@@ -604,7 +727,8 @@ def test_check(data, tmp_path, capsys):
 
 
 def test_unknown_pixels(tmp_path):
-    """16 and 32 bits are brought to 8; floating point is refused; what surprises Pillow is an unreadable file."""
+    """16 and 32 bits are brought to 8; floating point is refused; what surprises Pillow is an unreadable
+    file."""
     ramp = np.arange(256).reshape(16, 16)
     for pixels in (ramp.astype(np.uint16) * 257, ramp.astype(np.int32), ramp.astype(np.int32) * 257):
         Image.fromarray(pixels).save(tmp_path / "x.tif")
@@ -615,15 +739,21 @@ def test_unknown_pixels(tmp_path):
 
 
 def test_look_alikes():
-    """Recompressed and resized copies are found; other pictures and flat ones are not taken for each other."""
+    """Recompressed and resized copies are found; other pictures and flat ones are not taken for each
+    other."""
     originals = [trees.picture(seed, 200, 300) for seed in range(40)]
 
     def marks(pictures, **options):
-        found = [check.inspect(np.frombuffer(bytearray(trees.encode(p, **options)), np.uint8))[2] for p in pictures]
+        found = [
+            check.inspect(np.frombuffer(bytearray(trees.encode(p, **options)), np.uint8))[2] for p in pictures
+        ]
         return torch.stack(found)
 
     same = [(i, i) for i in range(40)]
     assert check.look_alikes(marks(originals), marks(originals), chunk=7) == same
-    assert check.look_alikes(marks(originals), marks([p.resize((150, 100)) for p in originals], quality=70)) == same
+    assert (
+        check.look_alikes(marks(originals), marks([p.resize((150, 100)) for p in originals], quality=70))
+        == same
+    )
     flat = torch.stack([check.signature(torch.full((3, 50, 50), 7, dtype=torch.uint8))] * 2)
     assert check.look_alikes(flat, flat) == []

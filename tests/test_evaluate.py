@@ -18,7 +18,8 @@ def test_metrics_by_hand():
     assert evaluate.forward_transfer(MATRIX, [10.0, 15.0, 20.0]) == ((20 - 15) + (40 - 20)) / 2
     # after task 0: (20 - 50 + 30 - 60) / 2 = -30; after task 1: 40 - 60 = -20
     assert evaluate.plasticity(MATRIX, [40.0, 50.0, 60.0]) == -25
-    # a task that gets better after it was learned was never forgotten, but does not count as less than nothing
+    # a task that gets better after it was learned was never forgotten, but does not count as less than
+    # nothing
     assert evaluate.forgetting([[50.0, 0.0], [60.0, 70.0]]) == 0
 
 
@@ -28,7 +29,9 @@ def test_what_is_not_known_is_null():
     one = evaluate.summary([[80.0]], 1, "words", [10.0])
     assert one["average_accuracy"] == 80 and one["forgetting"] is None and one["forward_transfer"] is None
     partial = evaluate.summary(MATRIX[:2], 3, "words", [10.0, 15.0, 20.0])
-    assert partial["average_accuracy"] == 80 and partial["forgetting"] == 10 and partial["forward_transfer"] == 5
+    assert (
+        partial["average_accuracy"] == 80 and partial["forgetting"] == 10 and partial["forward_transfer"] == 5
+    )
     assert partial["matrix"] == MATRIX[:2]
 
 
@@ -60,7 +63,9 @@ def test_linear_probe_against_torch(momentum):
     x = torch.randn(600, 5)
     y = (x @ torch.randn(5, 3)).argmax(1)
     everything = torch.ones(600, dtype=torch.bool)
-    (got,) = evaluate.linear_probe(lambda _: x, y, [everything], x, 3, lr=0.5, momentum=momentum, seed=1, epochs=10)
+    (got,) = evaluate.linear_probe(
+        lambda _: x, y, [everything], x, 3, lr=0.5, momentum=momentum, seed=1, epochs=10
+    )
     w, b = torch.zeros(3, 5, requires_grad=True), torch.zeros(3, requires_grad=True)
     rng, speed = torch.Generator().manual_seed(1), [torch.zeros(3, 5), torch.zeros(3)]
     for epoch in range(10):

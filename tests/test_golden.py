@@ -38,7 +38,8 @@ class Golden:
         return [[self[f"in_{name}{v}"].requires_grad_() for v in (1, 2)] for name in names]
 
     def check(self, name, value, **leaves):
-        """value, and the gradient for each leaf that the file has one of, e.g. z=[z1, z2] for name_grad_z1, name_grad_z2."""
+        """value, and the gradient for each leaf that the file has one of, e.g. z=[z1, z2] for name_grad_z1,
+        name_grad_z2."""
         torch.testing.assert_close(value.detach(), self[name], rtol=RTOL, atol=0)
         wanted = [(f"{name}_grad_{k}{v + 1}", x) for k, pair in leaves.items() for v, x in enumerate(pair)]
         wanted = [(key, x) for key, x in wanted if key in self.arrays]
@@ -54,8 +55,13 @@ def golden(request):
 
 
 def method_and_outputs(golden, name):
-    """The method with the file's temperatures; Outputs of the student, of the teacher and of the predictor g."""
-    tau = f"--{name}_tau {golden['T']} --{name}_tau_distill {golden['Td']}" if name in ("moco", "simclr") else ""
+    """The method with the file's temperatures; Outputs of the student, of the teacher and of the predictor
+    g."""
+    tau = (
+        f"--{name}_tau {golden['T']} --{name}_tau_distill {golden['Td']}"
+        if name in ("moco", "simclr")
+        else ""
+    )
     method = METHODS[name](build_backbone("resnet10", 4, "cifar"), arguments(tau, name))
     z, k, f, g, b = golden.leaves("z", "k", "zo", "g", "b")
     out, old, pred = Outputs(z=z, k=k, q=b), Outputs(z=f), Outputs(z=g)
@@ -72,7 +78,11 @@ def terms(regularizer, method, out, old, pred):
 @pytest.mark.parametrize("name", ["moco", "simclr", "byol", "vicreg", "barlow"])
 def test_ssl(golden, name):
     method, out, old, pred = method_and_outputs(golden, name)
-    golden.check(name, terms("finetune", method, out, old, pred)["ssl"], **({"b": out.q} if name == "byol" else {"z": out.z}))
+    golden.check(
+        name,
+        terms("finetune", method, out, old, pred)["ssl"],
+        **({"b": out.q} if name == "byol" else {"z": out.z}),
+    )
 
 
 @pytest.mark.parametrize("name", ["moco", "simclr", "byol", "vicreg", "barlow"])
@@ -81,7 +91,9 @@ def test_cassle(golden, name):
     method, out, old, pred = method_and_outputs(golden, name)
     parts = terms("cassle", method, out, old, pred)
     key = "contrastive_cassle" if name in ("moco", "simclr") else f"{name}_cassle"
-    golden.check(key, parts["distill"], g=pred.z) if f"{key}_grad_g1" in golden.arrays else golden.check(key, parts["distill"])
+    golden.check(key, parts["distill"], g=pred.z) if f"{key}_grad_g1" in golden.arrays else golden.check(
+        key, parts["distill"]
+    )
     torch.testing.assert_close(parts["ssl"], method.ssl(out), rtol=0, atol=0)
 
 
@@ -94,7 +106,8 @@ def test_pnr_contrastive(golden, name):
 
 @pytest.mark.parametrize("name", ["byol", "vicreg", "barlow"])
 def test_pnr_non_contrastive(golden, name):
-    """The regularisation: distillation minus lambda_neg x pseudo-negatives, with the paper's lambda_neg as default."""
+    """The regularisation: distillation minus lambda_neg x pseudo-negatives, with the paper's lambda_neg as
+    default."""
     method, out, old, pred = method_and_outputs(golden, name)
     golden.check(f"{name}_pnr", terms("pnr", method, out, old, pred)["align"], g=pred.z)
 
@@ -107,7 +120,9 @@ def test_falcon(golden):
         golden.check(key, loss)
         for v, gradient in enumerate(torch.autograd.grad(loss, logits)):
             if (name := f"falcon_grad_z{v + 1}") in golden.arrays:
-                torch.testing.assert_close(gradient, golden[name], rtol=RTOL, atol=1e-9 * float(gradient.abs().max()))
+                torch.testing.assert_close(
+                    gradient, golden[name], rtol=RTOL, atol=1e-9 * float(gradient.abs().max())
+                )
 
 
 @pytest.mark.parametrize("exclude", [False, True])
@@ -153,7 +168,8 @@ def rate(args, epoch, step):
 
 
 def test_schedule_of_a_run():
-    """At the papers' lengths the released one, every epoch; in short runs and for FALCON one without jumps, every step."""
+    """At the papers' lengths the released one, every epoch; in short runs and for FALCON one without jumps,
+    every step."""
     args = arguments("--epochs 500 --batch_size 256 --moco_queue_size 256 --lr 0.6")
     assert (args.lr_schedule, args.warmup_epochs) == ("epoch", 10)
     rates = [rate(args, epoch, step) for epoch in range(500) for step in (0, 38)]
@@ -163,7 +179,11 @@ def test_schedule_of_a_run():
     assert rates[0] == 0.003 and max(rates) == 0.6 and max(abs(a - b) for a, b in pairwise(rates)) < 0.6 / 30
     args = arguments("--epochs 200 --batch_size 64", "falcon")
     rates = [rate(args, epoch, step) for epoch in range(200) for step in range(39)]
-    assert args.optimizer == "adam" and (rates[0], rates[389], max(rates)) == (3e-5, 2.5e-4, 2.5e-4) and rates[195] < 1.5e-4
+    assert (
+        args.optimizer == "adam"
+        and (rates[0], rates[389], max(rates)) == (3e-5, 2.5e-4, 2.5e-4)
+        and rates[195] < 1.5e-4
+    )
 
 
 def test_coverage(golden):

@@ -1,4 +1,5 @@
-"""Every loss against a loop written from its equation (docs/METHODS.md), on odd shapes and scales; and finite in bf16 training."""
+"""Every loss against a loop written from its equation (docs/METHODS.md), on odd shapes and scales; and finite
+in bf16 training."""
 
 import math
 
@@ -24,7 +25,9 @@ SCALES = [1e-3, 1.0, 1e3]
 
 def pairs(n, d, scale, count=2, seed=0):
     """`count` lists of two float64 [n, d] tensors."""
-    x = scale * torch.randn(count, 2, n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = scale * torch.randn(
+        count, 2, n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return [list(pair) for pair in x]
 
 
@@ -70,7 +73,9 @@ def test_against_loops(n, d, scale):
         for i in range(2 * n)
     )
     assert float(contrastive_distillation(z, f, 0.3)) == pytest.approx(loop, **near)
-    assert float(cosine_distance(z[0], f[0])) == pytest.approx(mean(2 - 2 * cos(x, y) for x, y in zip(z[0], f[0])), **near)
+    assert float(cosine_distance(z[0], f[0])) == pytest.approx(
+        mean(2 - 2 * cos(x, y) for x, y in zip(z[0], f[0])), **near
+    )
 
     columns = z[0].T.tolist()
     variances = [sum((x - mean(c)) ** 2 for x in c) / (n - 1) for c in columns]
@@ -82,7 +87,9 @@ def test_against_loops(n, d, scale):
         for j, q in enumerate(columns)
         if i != j
     ]
-    assert float(covariance_loss(z[0])) == pytest.approx(sum(c * c for c in covariances) / d, rel=1e-6, abs=1e-9)
+    assert float(covariance_loss(z[0])) == pytest.approx(
+        sum(c * c for c in covariances) / d, rel=1e-6, abs=1e-9
+    )
 
 
 @pytest.mark.parametrize("n, d", SHAPES)
@@ -145,8 +152,11 @@ def test_falcon_loop(n, c, prior):
 @pytest.mark.parametrize("regularizer", ["cassle", "pnr"])
 @pytest.mark.parametrize("method", METHODS)
 def test_finite_in_bf16(method, regularizer, norm):
-    """Loss and gradients of a later task under bf16 autocast, features of that norm; the loss itself is float32."""
-    args = main_cssl.parse_arguments(f"{tiny(method)} --precision bf16 --regularizer {regularizer} --batch_size 8".split())
+    """Loss and gradients of a later task under bf16 autocast, features of that norm; the loss itself is
+    float32."""
+    args = main_cssl.parse_arguments(
+        f"{tiny(method)} --precision bf16 --regularizer {regularizer} --batch_size 8".split()
+    )
     args.stem = "cifar"
     learner = main_cssl.build_learner(args, CPU)
     learner.begin_task(1, CPU.device)
@@ -170,19 +180,27 @@ def test_finite_in_bf16(method, regularizer, norm):
 @pytest.mark.parametrize("regularizer", REGULARIZERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_go_where_they_must(method, regularizer):
-    """None into teacher, twin, dictionary or queues; the predictor learns from the alignment alone, the student from both."""
+    """None into teacher, twin, dictionary or queues; the predictor learns from the alignment alone, the
+    student from both."""
     args = arguments(f"--precision fp32 --regularizer {regularizer} --batch_size 8", method)
     args.stem = "cifar"
     learner = main_cssl.build_learner(args, CPU)
     learner.begin_task(0, CPU.device)
-    assert not any("teacher" in name or name.startswith("regularizer") for name, _ in learner.named_parameters())
+    assert not any(
+        "teacher" in name or name.startswith("regularizer") for name, _ in learner.named_parameters()
+    )
     learner.begin_task(1, CPU.device)
     loss, terms, _, _ = learner(*torch.randn(2, 8, 3, 8, 8))
     if regularizer != "finetune":
         predictor = list(learner.regularizer.predictor.parameters())
-        assert all(g is None for g in torch.autograd.grad(terms["ssl"], predictor, retain_graph=True, allow_unused=True))
+        assert all(
+            g is None
+            for g in torch.autograd.grad(terms["ssl"], predictor, retain_graph=True, allow_unused=True)
+        )
         student = learner.method.projector[0].weight
-        assert all(torch.autograd.grad(t, student, retain_graph=True)[0].abs().sum() > 0 for t in terms.values())
+        assert all(
+            torch.autograd.grad(t, student, retain_graph=True)[0].abs().sum() > 0 for t in terms.values()
+        )
     loss.backward()
     for name, p in learner.named_parameters():
         frozen = "teacher" in name or name.startswith("method.twin.")

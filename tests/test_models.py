@@ -32,7 +32,11 @@ def test_backbone_is_torchvisions(name):
 @pytest.mark.parametrize("name", BACKBONES)
 def test_cifar_stem_and_width(name):
     backbone = build_backbone(name, width=8, stem="cifar")
-    assert backbone.conv1.weight.shape == (8, 3, 3, 3) and backbone.conv1.stride == (1, 1) and backbone.conv1.padding == (2, 2)
+    assert (
+        backbone.conv1.weight.shape == (8, 3, 3, 3)
+        and backbone.conv1.stride == (1, 1)
+        and backbone.conv1.padding == (2, 2)
+    )
     assert backbone(torch.randn(2, 3, 16, 16)).shape == (2, 8 * 8 * (4 if name == "resnet50" else 1))
     assert backbone.layer1(backbone.maxpool(backbone.conv1(torch.randn(1, 3, 32, 32)))).shape[-1] == 34
 
@@ -63,7 +67,8 @@ def test_ema_update():
 
 @pytest.mark.parametrize("bn", ["eval", "batch"])
 def test_teacher_keeps_its_statistics(bn):
-    """Whatever mode is asked of the network around it; eval uses the running statistics and batch does not."""
+    """Whatever mode is asked of the network around it; eval uses the running statistics and batch does
+    not."""
     backbone, projector = build_backbone("resnet10", 4, "cifar"), torch.nn.Linear(32, 5)
     for _ in range(3):
         backbone(torch.randn(8, 3, 8, 8) * 3 + 1)
@@ -80,7 +85,9 @@ def test_teacher_keeps_its_statistics(bn):
         torch.testing.assert_close(out, expected)
         assert not out.requires_grad
     assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
-    student = {f"backbone.{k}" for k in backbone.state_dict()} | {f"projector.{k}" for k in projector.state_dict()}
+    student = {f"backbone.{k}" for k in backbone.state_dict()} | {
+        f"projector.{k}" for k in projector.state_dict()
+    }
     assert before.keys() == student
 
 
@@ -97,7 +104,9 @@ def test_begin_task():
                 p.add_(0.01 * torch.randn_like(p))
         learner.begin_task(task, CPU.device)
         for part in ("backbone", "projector"):
-            student, teacher = (getattr(x, part).state_dict() for x in (learner.method, learner.regularizer.teacher))
+            student, teacher = (
+                getattr(x, part).state_dict() for x in (learner.method, learner.regularizer.teacher)
+            )
             assert all(torch.equal(student[k], teacher[k]) for k in student)
 
 
@@ -109,13 +118,17 @@ def build_moco():
 
 @pytest.mark.parametrize("layout", ["cassle", "solo-learn", "moco", "torchvision"])
 def test_foreign_layouts(layout, tmp_path):
-    """The same network under other projects' names gives the same backbone, projector, twin, and queue of the same form."""
+    """The same network under other projects' names gives the same backbone, projector, twin, and queue of the
+    same form."""
     source, method = build_moco(), build_moco()
     with torch.no_grad():
         for p in source.parameters():
             p.add_(0.1 * torch.randn_like(p))
     backbone, projector = source.backbone.state_dict(), source.projector.state_dict()
-    twin_backbone, twin_projector = source.twin["backbone"].state_dict(), source.twin["projector"].state_dict()
+    twin_backbone, twin_projector = (
+        source.twin["backbone"].state_dict(),
+        source.twin["projector"].state_dict(),
+    )
 
     def named(prefix, state):
         return {prefix + k: v for k, v in state.items()}
@@ -140,16 +153,25 @@ def test_foreign_layouts(layout, tmp_path):
     if layout == "torchvision":
         return
     note = checkpoint.load_method(method, tmp_path / "foreign.pt", "it", [[0, 1]])
-    assert note.endswith("started anew: queue; left out: queue" if layout == "moco" else "queue, twin; left out: classifier")
+    assert note.endswith(
+        "started anew: queue; left out: queue" if layout == "moco" else "queue, twin; left out: classifier"
+    )
     for key, value in source.state_dict().items():
-        assert torch.equal(method.state_dict()[key], value) or (layout == "moco" and key.startswith("queue.")), key
+        assert torch.equal(method.state_dict()[key], value) or (
+            layout == "moco" and key.startswith("queue.")
+        ), key
 
 
 def test_foreign_predictor(tmp_path):
-    """BYOL's own predictor is taken from a released checkpoint; a momentum network that it lacks is a copy of the student."""
-    source, method = (METHODS["byol"](build_backbone("resnet10", 4, "cifar"), arguments(method="byol")) for _ in range(2))
+    """BYOL's own predictor is taken from a released checkpoint; a momentum network that it lacks is a copy of
+    the student."""
+    source, method = (
+        METHODS["byol"](build_backbone("resnet10", 4, "cifar"), arguments(method="byol")) for _ in range(2)
+    )
     names = {"backbone": "encoder", "projector": "projector", "predictor": "predictor"}
-    state = {f"{new}.{k}": v for part, new in names.items() for k, v in getattr(source, part).state_dict().items()}
+    state = {
+        f"{new}.{k}": v for part, new in names.items() for k, v in getattr(source, part).state_dict().items()
+    }
     torch.save({"state_dict": state}, tmp_path / "foreign.pt")
     note = checkpoint.load_method(method, tmp_path / "foreign.pt", "it", [[0, 1]])
     assert note.endswith("backbone, predictor, projector; started anew: twin (a copy of the student)")

@@ -1,4 +1,5 @@
-"""The online probe: its equation, what it leaves alone, which images it sees, and that it goes on where it was."""
+"""The online probe: its equation, what it leaves alone, which images it sees, and that it goes on where it
+was."""
 
 import gc
 import json
@@ -25,7 +26,9 @@ def networks(folder):
 def lines(folder):
     """Of metrics.jsonl, without what the probe adds; and what it adds."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    network = [{k: v for k, v in row.items() if "online" not in k} for row in rows if "online" not in row["kind"]]
+    network = [
+        {k: v for k, v in row.items() if "online" not in k} for row in rows if "online" not in row["kind"]
+    ]
     return network, [row["online_loss"] for row in rows if row["kind"] == "train" and "online_loss" in row]
 
 
@@ -39,10 +42,13 @@ def runs(tmp_path_factory):
 
 
 def test_clean_changes_nothing(runs):
-    """Losses, weights, running statistics, queues and the numbers of --eval are those of a run without a probe, bit for bit."""
+    """Losses, weights, running statistics, queues and the numbers of --eval are those of a run without a
+    probe, bit for bit."""
     assert lines(runs / "clean")[0] == lines(runs / "off")[0] and lines(runs / "off")[1] == []
     for with_probe, without in zip(networks(runs / "clean"), networks(runs / "off")):
-        assert same(with_probe["backbone"], without["backbone"]) and same(with_probe["heads"], without["heads"])
+        assert same(with_probe["backbone"], without["backbone"]) and same(
+            with_probe["heads"], without["heads"]
+        )
         assert "online" not in without
 
 
@@ -68,11 +74,14 @@ def test_results(runs, mode):
 
 @pytest.mark.parametrize("mode", ["clean", "released"])
 def test_equation(mode):
-    """In float64: softmax regression on detached features, SGD with momentum under LARS, its own unscaled rate, no weight decay;
-    features and running statistics as if each batch had passed through the backbone alone."""
+    """In float64: softmax regression on detached features, SGD with momentum under LARS, its own unscaled
+    rate, no weight decay; features and running statistics as if each batch had passed through the backbone
+    alone."""
     torch.set_default_dtype(torch.float64)
     try:
-        args = arguments(f"--regularizer finetune --precision fp32 --batch_size 12 --epochs 60 --online_probe {mode}")
+        args = arguments(
+            f"--regularizer finetune --precision fp32 --batch_size 12 --epochs 60 --online_probe {mode}"
+        )
         args.stem = "cifar"
         learner = main_cssl.build_learner(args, CPU, SimpleNamespace(classes=range(5)))
         learner.begin_task(0, CPU.device)
@@ -93,7 +102,9 @@ def test_equation(mode):
             assert (out.z[0].requires_grad, learner.method.backbone.training) == (True, True)
             probabilities = (h @ weight.T + bias).softmax(dim=1)
             torch.testing.assert_close(terms["online_loss"], -probabilities[range(12), y].log().mean())
-            torch.testing.assert_close(terms["online_accuracy"], 100 * (probabilities.argmax(1) == y).double().mean())
+            torch.testing.assert_close(
+                terms["online_accuracy"], 100 * (probabilities.argmax(1) == y).double().mean()
+            )
             torch.testing.assert_close(loss, terms["loss"] + terms["online_loss"])
             assert terms["loss"].equal(terms["ssl"])
             for got, want in zip(learner.method.buffers(), reference.buffers()):
@@ -106,7 +117,9 @@ def test_equation(mode):
             lr = warmup_cosine(step, 0.3, 60)
             error = (probabilities - F.one_hot(y, 5)) / 12
             for p, gradient, momentum in zip((weight, bias), (error.T @ h, error.sum(0)), momenta):
-                local = min(0.02 * p.norm() / (gradient.norm() + 1e-8) / lr, 1)  # MoCo's biases are under LARS, too
+                local = min(
+                    0.02 * p.norm() / (gradient.norm() + 1e-8) / lr, 1
+                )  # MoCo's biases are under LARS, too
                 p -= lr * momentum.mul_(0.9).add_(local * gradient)
             for got, want in zip(learner.online.parameters(), (weight, bias)):
                 torch.testing.assert_close(got.detach(), want, rtol=1e-10, atol=1e-12)
@@ -115,8 +128,8 @@ def test_equation(mode):
 
 
 def test_images():
-    """Of all tasks, with their labels, in view 2's augmentation; another order each epoch, and again from the start where they are
-    fewer than a task's steps need."""
+    """Of all tasks, with their labels, in view 2's augmentation; another order each epoch, and again from the
+    start where they are fewer than a task's steps need."""
     args = arguments("--online_probe clean --num_tasks 5 --solarize_p 0 1 --min_scale 1")
     _, probe, _, tasks = data = main_cssl.build_data(args, CPU)
     loaders = main_cssl.build_loaders(args, CPU, data[0], tasks)
@@ -126,15 +139,25 @@ def test_images():
     orders = [torch.cat(list(labelled[task].batches(epoch))) for task, epoch in ((0, 0), (0, 1), (1, 0))]
     assert len({tuple(order.tolist()) for order in orders}) == 3
     for order, parts in zip(orders, batches):
-        assert torch.equal(torch.cat([y for _, y in parts]), probe.labels[order]) and len(order.unique()) == len(order)
+        assert torch.equal(torch.cat([y for _, y in parts]), probe.labels[order]) and len(
+            order.unique()
+        ) == len(order)
         assert all(len(y.unique()) > 5 for _, y in parts)
-    assert all(torch.equal(a, b) for a, b in zip(batches[0][3], next(labelled[0].labelled(probe.labels, 0, 3))))
+    assert all(
+        torch.equal(a, b) for a, b in zip(batches[0][3], next(labelled[0].labelled(probe.labels, 0, 3)))
+    )
     image = probe.images[orders[0][:1]].float() / 255
     solarized = torch.where(image >= 0.5, 1 - image, image)  # which digits' black background is not
     assert (batches[0][0][0][0] - (solarized - probe.mean[0]) / probe.std[0]).abs().median() < 0.5
-    few = type(labelled[0])(probe.images, torch.arange(70), 32, labelled[0].views, probe.mean, probe.std, 5, 0, steps=5)
+    few = type(labelled[0])(
+        probe.images, torch.arange(70), 32, labelled[0].views, probe.mean, probe.std, 5, 0, steps=5
+    )
     order = torch.stack(list(few.batches(0)))
-    assert torch.equal(order[0], order[2]) and torch.equal(order[1], order[3]) and not torch.equal(order[0], order[1])
+    assert (
+        torch.equal(order[0], order[2])
+        and torch.equal(order[1], order[3])
+        and not torch.equal(order[0], order[1])
+    )
 
 
 class Crash(Exception):
@@ -165,18 +188,29 @@ def test_init_from(runs, tmp_path, capsys):
     """The classifier goes on from a task0.pt that has one, as in an unbroken run; one without is refused."""
     flags = f"{FLAGS} --online_probe clean --init_from"
     assert run(f"{flags} {runs / 'clean' / 'task0.pt'} --out_dir {tmp_path / 'a'}") == 0
-    assert json.loads((tmp_path / "a" / "results.json").read_text()) == json.loads((runs / "clean" / "results.json").read_text())
+    assert json.loads((tmp_path / "a" / "results.json").read_text()) == json.loads(
+        (runs / "clean" / "results.json").read_text()
+    )
     capsys.readouterr()
     assert run(f"{flags} {runs / 'off' / 'task0.pt'} --out_dir {tmp_path / 'b'}") == 2
     error = capsys.readouterr().err
-    assert "--online_probe" in error and "task0.pt" in error and len(error.splitlines()) == 1 and not (tmp_path / "b").exists()
+    assert (
+        "--online_probe" in error
+        and "task0.pt" in error
+        and len(error.splitlines()) == 1
+        and not (tmp_path / "b").exists()
+    )
     assert run(f"{FLAGS} --init_from {runs / 'clean' / 'task0.pt'} --out_dir {tmp_path / 'c'}") == 0
     assert "left out: classifier" in capsys.readouterr().out
 
 
 def test_without_a_momentum_network(tmp_path, capsys):
-    flags = f"{tiny('simclr')} --num_tasks 2 --epochs 1 --eval none --online_probe released --out_dir {tmp_path}"
+    flags = (
+        f"{tiny('simclr')} --num_tasks 2 --epochs 1 --eval none --online_probe released --out_dir {tmp_path}"
+    )
     assert run(flags) == 0
     assert "simclr has no momentum network" in capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results) == ["online_linear_released"] and len(results["online_linear_released"]["matrix"]) == 2
+    assert (
+        list(results) == ["online_linear_released"] and len(results["online_linear_released"]["matrix"]) == 2
+    )

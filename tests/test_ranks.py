@@ -1,5 +1,6 @@
-"""Two or three processes compute what one computes: loss, gradients, parameters, queues, EMA twin and running statistics after
-several steps in float64, evaluation bit for bit; and a run may go on with another number of them."""
+"""Two or three processes compute what one computes: loss, gradients, parameters, queues, EMA twin and running
+statistics after several steps in float64, evaluation bit for bit; and a run may go on with another number of
+them."""
 
 import gc
 import json
@@ -25,7 +26,11 @@ from utils.run import Run
 
 BATCH, STEPS = 12, 3
 # a first task is fine-tuning, whatever the regulariser
-CASES = [(method, regularizer, int(regularizer != "finetune"), "off") for method in METHODS for regularizer in REGULARIZERS]
+CASES = [
+    (method, regularizer, int(regularizer != "finetune"), "off")
+    for method in METHODS
+    for regularizer in REGULARIZERS
+]
 CASES += [("moco", "pnr", 1, "released"), ("simclr", "finetune", 0, "clean")]
 
 
@@ -36,13 +41,18 @@ class Convolutions(torch.nn.Sequential):
 
     def __init__(self, *_):
         widths = ((3, 8), (8, 8))
-        blocks = [m for i, o in widths for m in (torch.nn.Conv2d(i, o, 3), torch.nn.BatchNorm2d(o), torch.nn.ReLU(inplace=True))]
+        blocks = [
+            m
+            for i, o in widths
+            for m in (torch.nn.Conv2d(i, o, 3), torch.nn.BatchNorm2d(o), torch.nn.ReLU(inplace=True))
+        ]
         super().__init__(*blocks, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
 
 
 def train(method, regularizer, task, online, rank, world, of):
-    """The learner's state after a few steps on random images, of which each rank sees its share, and the last step's loss and
-    gradients. of: the number of ranks that the comparison is about: a ResNet for 2, Convolutions for 3."""
+    """The learner's state after a few steps on random images, of which each rank sees its share, and the last
+    step's loss and gradients. of: the number of ranks that the comparison is about: a ResNet for 2,
+    Convolutions for 3."""
     with pytest.MonkeyPatch.context() as patch:
         if of == 3:
             patch.setattr(main_cssl, "build_backbone", Convolutions)
@@ -52,7 +62,9 @@ def train(method, regularizer, task, online, rank, world, of):
 def train_backbone(method, regularizer, task, online, rank, world):
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    args = arguments(f"--regularizer {regularizer} --batch_size {BATCH} --precision fp32 --online_probe {online}", method)
+    args = arguments(
+        f"--regularizer {regularizer} --batch_size {BATCH} --precision fp32 --online_probe {online}", method
+    )
     args.stem = "cifar"
     process = Process(torch.device("cpu"), rank, world)
     learner = main_cssl.build_learner(args, process, SimpleNamespace(classes=range(4)))
@@ -66,12 +78,19 @@ def train_backbone(method, regularizer, task, online, rank, world):
         labelled = None if online == "off" else (images[step, 2, share], labels[share])
         loss, terms, out, old = model(*images[step, :2, share], labelled)
         loss.backward()
-        gradients = {f"gradient of {name}": p.grad.clone() for name, p in learner.named_parameters() if p.requires_grad}
+        gradients = {
+            f"gradient of {name}": p.grad.clone() for name, p in learner.named_parameters() if p.requires_grad
+        }
         optimizer.step()
         optimizer.zero_grad()
         learner.after_step(out, old, step / STEPS)
     torch.set_default_dtype(torch.float32)
-    return {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}, **gradients, **learner.state_dict()}
+    return {
+        "loss": loss.detach(),
+        **{name: term.detach() for name, term in terms.items()},
+        **gradients,
+        **learner.state_dict(),
+    }
 
 
 def worker(rank, world, folder):
@@ -108,23 +127,35 @@ def test_ranks_equal_one_process(world):
             together = states[rank][i]
             assert together.keys() == single.keys()
             for key, value in single.items():
-                torch.testing.assert_close(together[key], value, rtol=1e-8, atol=1e-8, msg=f"{case}: {key} on rank {rank}")
+                torch.testing.assert_close(
+                    together[key], value, rtol=1e-8, atol=1e-8, msg=f"{case}: {key} on rank {rank}"
+                )
 
 
 def evaluation(process):
-    """Features, labels and both protocols' predictions for all digits, gathered from shares of which some are empty."""
+    """Features, labels and both protocols' predictions for all digits, gathered from shares of which some are
+    empty."""
     args = arguments("--batch_size 36 --precision fp32")
     _, probe, test, tasks = main_cssl.build_data(args, process)
     backbone = main_cssl.build_learner(args, process).method.backbone
     known, tested = (main_cssl.frozen_features(args, process, backbone, images) for images in (probe, test))
     assert sum(process.counts(len(known[0]))) == len(probe.labels)
-    found = {"train": process.gather(known[0]), "test": process.gather(tested[0]), "labels": process.gather(known[1])}
+    found = {
+        "train": process.gather(known[0]),
+        "test": process.gather(tested[0]),
+        "labels": process.gather(known[1]),
+    }
     found["views"] = process.gather(main_cssl.frozen_features(args, process, backbone, probe, epoch=1)[0])
     everything = torch.ones(len(known[1]), dtype=torch.bool)
     probed = (lambda _: known[0]), known[1], [everything], tested[0], 10
     found["knn"] = process.gather(evaluate.classify(args, process, *probed)[0])
     found["row"] = main_cssl.accuracies(args, process, backbone, probe, tested, tasks)[""]
-    setting = {"lr": 3.0, "momentum": 0.9, "seed": 0, "epochs": 20}  # at so high a rate rounding in another order would show
+    setting = {
+        "lr": 3.0,
+        "momentum": 0.9,
+        "seed": 0,
+        "epochs": 20,
+    }  # at so high a rate rounding in another order would show
     found["linear"] = process.gather(evaluate.linear_probe(*probed, **setting, process=process)[0])
     return found
 
@@ -142,7 +173,9 @@ def test_evaluation_is_shared(world):
 
 def test_batch_norm_over_ranks_is_batch_norm(world):
     count, folder = world
-    x = torch.randn(2 * count, 3, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64).requires_grad_()
+    x = torch.randn(
+        2 * count, 3, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    ).requires_grad_()
     norm = torch.nn.BatchNorm2d(3, dtype=torch.float64)
     (norm(x) ** 3).sum().backward()
     for rank in range(count):
@@ -155,7 +188,9 @@ def test_batch_norm_over_ranks_is_batch_norm(world):
 def test_batch_norm_over_ranks_in_bf16(world):
     """As under autocast: the input and output in bf16, statistics in full precision."""
     count, folder = world
-    x = torch.randn(2 * count, 3, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64).bfloat16()
+    x = torch.randn(
+        2 * count, 3, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    ).bfloat16()
     norm = torch.nn.BatchNorm2d(3)
     y = norm(x.float()).bfloat16()
     for rank in range(count):
@@ -178,7 +213,12 @@ class Interrupted(Exception):
 def join(rank, world, port):
     """What torchrun says to its processes."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
 
 
 def partial_run(rank, world, port, folder, steps):
@@ -204,7 +244,8 @@ def partial_run(rank, world, port, folder, steps):
         patch.setattr(main_cssl, "Learner", Float64)
         patch.setattr(Run, "save", save)
         args = arguments(
-            f"--num_tasks 2 --epochs 1 --batch_size 72 --moco_queue_size 72 --save_every 2 --eval none --out_dir {folder}"
+            f"--num_tasks 2 --epochs 1 --batch_size 72 --moco_queue_size 72 --save_every 2 --eval none "
+            f"--out_dir {folder}"
         )
         try:
             main_cssl.main(args)
@@ -215,7 +256,8 @@ def partial_run(rank, world, port, folder, steps):
 
 
 def test_resume_on_another_number_of_ranks(tmp_path):
-    """Saved on 2 ranks in the first task, on 1 in PNR's, finished on 3: in float64 the run that one process makes."""
+    """Saved on 2 ranks in the first task, on 1 in PNR's, finished on 3: in float64 the run that one process
+    makes."""
     partial_run(0, 1, None, tmp_path / "one", 0)
     start_ranks(partial_run, 2, free_port(), tmp_path / "many", 4)
     partial_run(0, 1, None, tmp_path / "many", 12)
@@ -254,17 +296,33 @@ def failing(rank, world, port, flags, folder):
 
 @pytest.mark.parametrize("case", ["all ranks", "one rank"])
 def test_an_error_is_told_once(tmp_path, case):
-    """One that every rank meets, and a file that only the rank meets that has to decode it; the other stops, too."""
+    """One that every rank meets, and a file that only the rank meets that has to decode it; the other stops,
+    too."""
     flags, words = "--batch_size 33", "does not divide by 2"
     if case == "one rank":
         data = trees.fill(tmp_path, [f"{split}/{name}" for split in ("train", "test") for name in "ab"], 16)
         (data / "train" / "a" / "7.JPEG").unlink()
         (data / "train" / "a" / "7.JPEG").write_text("no image")
-        flags, words = f"--dataset folder --data_dir {data} --scenario data --workers 1 --batch_size 16", "7.JPEG"
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # it outlives the ranks, as torchrun's does
-    start_ranks(failing, 2, store.port, f"{TINY} --num_tasks 2 --eval none {flags} --out_dir {tmp_path / 'run'}", tmp_path)
+        flags, words = (
+            f"--dataset folder --data_dir {data} --scenario data --workers 1 --batch_size 16",
+            "7.JPEG",
+        )
+    store = dist.TCPStore(
+        "localhost", 0, is_master=True, wait_for_workers=False
+    )  # it outlives the ranks, as torchrun's does
+    start_ranks(
+        failing,
+        2,
+        store.port,
+        f"{TINY} --num_tasks 2 --eval none {flags} --out_dir {tmp_path / 'run'}",
+        tmp_path,
+    )
     lines = [line for rank in (0, 1) for line in (tmp_path / f"err{rank}").read_text().splitlines()]
-    assert len([line for line in lines if line.startswith("program: error:") and words in line]) == 1 == len(lines), lines
+    assert (
+        len([line for line in lines if line.startswith("program: error:") and words in line])
+        == 1
+        == len(lines)
+    ), lines
     assert "0" not in [(tmp_path / f"status{rank}").read_text() for rank in (0, 1)]
 
 
@@ -280,6 +338,7 @@ def test_a_rank_may_have_nothing_but_unreadable_images(tmp_path):
     for path in sorted((data / "test" / "b").iterdir())[-2:]:
         path.unlink()
         path.write_text("no image")
-    flags = f"{TINY} --dataset folder --data_dir {data} --scenario data --num_tasks 1 --epochs 1 --batch_size 16 --workers 1"
+    flags = f"{TINY} --dataset folder --data_dir {data} --scenario data --num_tasks 1 --epochs 1"
+    flags += " --batch_size 16 --workers 1"
     start_ranks(whole_run, 2, free_port(), f"{flags} --skip_corrupt --out_dir {tmp_path / 'run'}")
     assert len(json.loads((tmp_path / "run" / "results.json").read_text())["matrix"]) == 1

@@ -20,8 +20,8 @@ def test_new_method(regularizer, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "losses.simsiam", module)
     exec(compile(code, "losses/simsiam.py", "exec"), vars(module))
     monkeypatch.setitem(METHODS, "simsiam", module.SimSiam)
-    flags = f"{BASE} --method simsiam --simsiam_dim 32 --regularizer {regularizer} --num_tasks 2 --epochs 1 --out_dir {tmp_path}"
-    assert run(flags) == 0
+    flags = f"{BASE} --method simsiam --simsiam_dim 32 --regularizer {regularizer} --num_tasks 2 --epochs 1"
+    assert run(f"{flags} --out_dir {tmp_path}") == 0
     assert (tmp_path / "task1.pt").exists()
 
 

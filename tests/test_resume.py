@@ -1,4 +1,5 @@
-"""A run folder belongs to one run and one process, and what is saved in it is whole. tests/fault_campaign.py disturbs runs."""
+"""A run folder belongs to one run and one process, and what is saved in it is whole. tests/fault_campaign.py
+disturbs runs."""
 
 import json
 import os
@@ -17,7 +18,9 @@ RUN = f"{TINY} --num_tasks 2 --regularizer pnr --epochs 1 --save_every 2"
 
 def start(folder):
     call = [sys.executable, str(ROOT / "main_cssl.py"), *RUN.split(), "--out_dir", str(folder)]
-    return subprocess.Popen(call, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        call, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def wait_until(process, reached):
@@ -39,7 +42,8 @@ def undisturbed(tmp_path_factory):
 
 
 def test_folder_belongs_to_one_process_and_one_experiment(undisturbed, tmp_path, capsys):
-    """A second process is refused while the first holds the folder; another experiment in the folder is refused by name."""
+    """A second process is refused while the first holds the folder; another experiment in the folder is
+    refused by name."""
     process = start(tmp_path)
     wait_until(process, lambda: (tmp_path / "last.pt").exists())
     assert run(f"{RUN} --out_dir {tmp_path}") == 2

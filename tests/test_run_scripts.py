@@ -20,7 +20,9 @@ SMALL += " --epochs 1 --batch_size 4 --moco_queue_size 16 --moco_hidden 16"
 
 def script(name, *arguments, cwd=ROOT, **environment):
     call = ["bash", str(ROOT / name), *arguments]
-    return subprocess.run(call, cwd=cwd, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=240)
+    return subprocess.run(
+        call, cwd=cwd, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=240
+    )
 
 
 def settings(name, *arguments, **environment):
@@ -33,7 +35,10 @@ def settings(name, *arguments, **environment):
 
 OTHER = {"lr": {"moco": 0.6, "simclr": 0.4, "barlow": 0.4, "byol": 0.6, "vicreg": 0.4, "falcon": 1e-3}}
 OTHER["probe_lr"] = {"moco": 3, "simclr": 1, "barlow": 0.1, "byol": 3, "vicreg": 0.3, "falcon": 0.1}
-CIFAR = {**OTHER, "lr": {"moco": 0.6, "simclr": 0.6, "barlow": 0.4, "byol": 1.0, "vicreg": 0.3, "falcon": 1e-3}}
+CIFAR = {
+    **OTHER,
+    "lr": {"moco": 0.6, "simclr": 0.6, "barlow": 0.4, "byol": 1.0, "vicreg": 0.3, "falcon": 1e-3},
+}
 LAMBDA_NEG = {  # of barlow, byol, vicreg
     ("run_cifar100.sh", "class"): (1, 0.5, 23),
     ("run_imagenet100.sh", "class"): (1, 1, 23),
@@ -48,10 +53,17 @@ EPOCHS = {"run_cifar100.sh": 500, "run_imagenet100.sh": 400, "run_domainnet.sh":
 def test_settings(name, scenario, method):
     args = settings(name, method, "pnr", SCENARIO=scenario)
     cifar = name == "run_cifar100.sh"
-    assert args.scenario == scenario and args.epochs == EPOCHS[name] and args.backbone == "resnet18" and args.width == 64
+    assert (
+        args.scenario == scenario
+        and args.epochs == EPOCHS[name]
+        and args.backbone == "resnet18"
+        and args.width == 64
+    )
     assert args.dataset in name.replace("run_", "") and args.method == method and args.regularizer == "pnr"
     assert args.batch_size == (64 if method == "falcon" else 256) and args.eval == "linear"
-    assert (args.probe_views, args.online_probe) == (("cached", "released") if cifar else ("augmented", "off"))
+    assert (args.probe_views, args.online_probe) == (
+        ("cached", "released") if cifar else ("augmented", "off")
+    )
     assert args.weight_decay == (1e-5 if method == "byol" else 1e-4)
     for flag, values in (CIFAR if cifar else OTHER).items():
         assert getattr(args, flag) == values[method], flag
@@ -69,10 +81,15 @@ def test_settings(name, scenario, method):
 
 
 def test_choices(tmp_path):
-    args = settings("run_imagenet100.sh", "simclr", "cassle", "--epochs", "3", TASKS="10", SCENARIO="data", DATA="/d")
+    args = settings(
+        "run_imagenet100.sh", "simclr", "cassle", "--epochs", "3", TASKS="10", SCENARIO="data", DATA="/d"
+    )
     assert (args.num_tasks, args.scenario, args.data_dir, args.epochs) == (10, "data", "/d", 3)
     assert args.out_dir == "runs/imagenet100-data-10-simclr-cassle"
-    assert settings("run_domainnet.sh").out_dir == "runs/domainnet-moco-pnr" and settings("run_domainnet.sh").num_tasks is None
+    assert (
+        settings("run_domainnet.sh").out_dir == "runs/domainnet-moco-pnr"
+        and settings("run_domainnet.sh").num_tasks is None
+    )
     for name, words, variables in (
         ("run_imagenet100.sh", "SCENARIO=domain", {"SCENARIO": "domain"}),
         ("run_domainnet.sh", "GPUS=two", {"GPUS": "two"}),
@@ -91,21 +108,28 @@ def test_to_the_end(name, tmp_path):
         trees.imagenet(tmp_path / "data", wanted, train=1)
     else:
         trees.domainnet(tmp_path / "data")
-    done = script(name, "moco", "finetune", *SMALL.split(), cwd=tmp_path, PYTHON=sys.executable, DATA="data", OUT="run")
+    done = script(
+        name, "moco", "finetune", *SMALL.split(), cwd=tmp_path, PYTHON=sys.executable, DATA="data", OUT="run"
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert "offline linear probe" in results["protocol"] and len(results["matrix"]) == (5 if "imagenet" in name else 6)
+    assert "offline linear probe" in results["protocol"] and len(results["matrix"]) == (
+        5 if "imagenet" in name else 6
+    )
 
 
 @pytest.fixture
 def cluster(tmp_path):
-    """Starts a job of slurm/cssl.sbatch with stand-ins for SLURM's commands and for Python, which waits for SIGTERM."""
+    """Starts a job of slurm/cssl.sbatch with stand-ins for SLURM's commands and for Python, which waits for
+    SIGTERM."""
     stand_ins = {
         # like SLURM's own it hands SIGUSR1 on, and at SIGTERM kills
-        "srun": 'while [[ $1 == -* ]]; do shift; done; "$@" & trap "kill -USR1 $!" USR1; trap "kill -KILL $!" TERM\n'
+        "srun": 'while [[ $1 == -* ]]; do shift; done; "$@" & trap "kill -USR1 $!" USR1; '
+        'trap "kill -KILL $!" TERM\n'
         "wait $!; wait $!",
         "scontrol": f'[ "$1" = show ] && echo localhost || echo "$@" > {tmp_path}/requeued',
-        "python": f'echo $$ > {tmp_path}/pid; echo "$@" > {tmp_path}/calls; trap "sleep 0.2; echo saved; exit 138" USR1 TERM; '
+        "python": f'echo $$ > {tmp_path}/pid; echo "$@" > {tmp_path}/calls; '
+        'trap "sleep 0.2; echo saved; exit 138" USR1 TERM; '
         "while sleep 0.05; do :; done",
     }
     for name, text in stand_ins.items():
@@ -113,8 +137,17 @@ def cluster(tmp_path):
         (tmp_path / name).chmod(0o755)
 
     def submit(index, *arguments, **environment):
-        job = {"SLURM_JOB_ID": "70007", "SLURM_JOB_NODELIST": "x", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
-        job |= {"SLURM_ARRAY_TASK_ID": str(index), "PATH": f"{tmp_path}:{ENVIRONMENT['PATH']}", "PYTHON": "python"}
+        job = {
+            "SLURM_JOB_ID": "70007",
+            "SLURM_JOB_NODELIST": "x",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_GPUS_ON_NODE": "4",
+        }
+        job |= {
+            "SLURM_ARRAY_TASK_ID": str(index),
+            "PATH": f"{tmp_path}:{ENVIRONMENT['PATH']}",
+            "PYTHON": "python",
+        }
         call = ["bash", str(ROOT / "slurm" / "cssl.sbatch"), *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(call, cwd=ROOT, env={**ENVIRONMENT, **job, **environment}, **pipes)
@@ -123,8 +156,8 @@ def cluster(tmp_path):
 
 
 def test_slurm_saves_and_requeues(cluster, tmp_path):
-    """Every run of the array has its own folder, method, regulariser and seed; when time is up it saves and is queued again.
-    SIGTERM comes to all processes, and it is SLURM that queues the job again."""
+    """Every run of the array has its own folder, method, regulariser and seed; when time is up it saves and
+    is queued again. SIGTERM comes to all processes, and it is SLURM that queues the job again."""
     for number, index in ((signal.SIGUSR1, 0), (signal.SIGTERM, 11)):
         job = cluster(index, "--epochs", "3", SEEDS="5 6", METHODS="moco byol")
         while not (tmp_path / "calls").exists():

@@ -14,7 +14,8 @@ def labels_and_domains(n=703, classes=20, domains=4, seed=0):
 
 
 @pytest.mark.parametrize(
-    "scenario, tasks", [(s, t) for s in ("class", "data", "domain") for t in (1, 2, 4, 5) if s != "domain" or t in (1, 4)]
+    "scenario, tasks",
+    [(s, t) for s in ("class", "data", "domain") for t in (1, 2, 4, 5) if s != "domain" or t in (1, 4)],
 )
 def test_parts_are_disjoint_complete_and_repeatable(scenario, tasks):
     labels, domains = labels_and_domains()
@@ -74,7 +75,14 @@ def test_misfits():
 def images(count, seed, probe=None):
     labels, domains = labels_and_domains(count, seed=seed)
     return ImageSet(
-        torch.zeros(count, 3, 1, 1), labels, [str(c) for c in range(20)], (0,) * 3, (1,) * 3, domains, tuple("abcd"), probe
+        torch.zeros(count, 3, 1, 1),
+        labels,
+        [str(c) for c in range(20)],
+        (0,) * 3,
+        (1,) * 3,
+        domains,
+        tuple("abcd"),
+        probe,
     )
 
 

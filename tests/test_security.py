@@ -1,4 +1,5 @@
-"""Whatever is read from a disk is data: a pickle with a command in it, in any place that is read, is refused and not run."""
+"""Whatever is read from a disk is data: a pickle with a command in it, in any place that is read, is refused
+and not run."""
 
 import pickle
 import shutil
@@ -32,7 +33,8 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def place(finished, tmp_path):
-    """plant(name) puts the pickle in the place of a file of a finished run; nothing may have run when the test ends."""
+    """plant(name) puts the pickle in the place of a file of a finished run; nothing may have run when the
+    test ends."""
     shutil.copytree(finished, tmp_path / "run")
     evil = pickle.dumps({"backbone": Command(tmp_path / "executed")})
     pickle.loads(evil)["backbone"].close()
@@ -64,13 +66,29 @@ def test_other_files_of_a_run(place, capsys, name):
     if name == "split.pt":
         fails(capsys, f"{TINY} --num_tasks 2 --epochs 1 --out_dir {root / 'run'}", name, "Python objects")
     else:
-        fails(capsys, f"--run {root / 'run'} --protocol knn", "config.json" if "config" in name else name, script=main_linear)
+        fails(
+            capsys,
+            f"--run {root / 'run'} --protocol knn",
+            "config.json" if "config" in name else name,
+            script=main_linear,
+        )
 
 
 def test_networks_from_elsewhere(place, capsys):
     root = place("network.pt")
-    fails(capsys, f"{TINY} --init_from {root / 'network.pt'} --out_dir {root / 'x'}", "network.pt", "Python objects")
-    fails(capsys, f"--checkpoint {root / 'network.pt'} --dataset digits", "network.pt", "Python objects", script=main_linear)
+    fails(
+        capsys,
+        f"{TINY} --init_from {root / 'network.pt'} --out_dir {root / 'x'}",
+        "network.pt",
+        "Python objects",
+    )
+    fails(
+        capsys,
+        f"--checkpoint {root / 'network.pt'} --dataset digits",
+        "network.pt",
+        "Python objects",
+        script=main_linear,
+    )
 
 
 def test_data_files(place, capsys):
@@ -88,7 +106,10 @@ def test_data_files(place, capsys):
     assert run(flags) == 0
     (cache,) = tree.glob(".folder_train*.cache")
     place(cache.relative_to(root))
-    assert run(f"{flags} --out_dir {root / 'y'}") == 0 and "is damaged and is made again" in capsys.readouterr().err
+    assert (
+        run(f"{flags} --out_dir {root / 'y'}") == 0
+        and "is damaged and is made again" in capsys.readouterr().err
+    )
     first, again = (checkpoint.load(folder / "task1.pt")["backbone"] for folder in (tree / "x", root / "y"))
     assert all(torch.equal(first[name], again[name]) for name in first)
     (tree / "train" / "a" / "0.JPEG").unlink()

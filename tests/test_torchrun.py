@@ -17,7 +17,9 @@ TORCHRUN = "-m torch.distributed.run --monitor-interval 0.1"
 
 def start(options, flags):
     call = [sys.executable, *f"{TORCHRUN} {options} -- {ROOT / 'main_cssl.py'} {flags}".split()]
-    return subprocess.Popen(call, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        call, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finish(process):
@@ -72,7 +74,8 @@ def test_equals_one_process(two, tmp_path):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the processes in /proc")
 def test_elastic_restart(two, tmp_path):
-    """One of two ranks is killed in the middle of PNR's task: torchrun starts both again, and the run ends with the same bits."""
+    """One of two ranks is killed in the middle of PNR's task: torchrun starts both again, and the run ends
+    with the same bits."""
     job = start("--standalone --nproc-per-node 2 --max-restarts 2", f"{FLAGS} --out_dir {tmp_path}")
     kill_in_second_task(job, 1, tmp_path)
     out, error = finish(job)
@@ -83,9 +86,10 @@ def test_elastic_restart(two, tmp_path):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the processes in /proc")
 def test_two_machines(two, tmp_path):
-    """Two torchruns that meet over the network end where one with two processes does, although a process of the second is killed:
-    the restart counts of the two then differ."""
-    meet = f"--nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint localhost:{free_port()} --rdzv-id x --max-restarts 2"
+    """Two torchruns that meet over the network end where one with two processes does, although a process of
+    the second is killed: the restart counts of the two then differ."""
+    meet = f"--nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint localhost:{free_port()}"
+    meet += " --rdzv-id x --max-restarts 2"
     jobs = [start(f"{meet} --local-addr localhost", f"{FLAGS} --out_dir {tmp_path}") for _ in range(2)]
     rank = 1
     while not any(rank in ranks_of(job) for job in jobs):

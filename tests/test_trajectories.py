@@ -1,5 +1,5 @@
-"""Whole training runs, by main_cssl.py itself, against those of the released code (golden/TRAJECTORIES.md): losses, their terms,
-learning rates, EMA tau and all states at every task's end, in float64."""
+"""Whole training runs, by main_cssl.py itself, against those of the released code (golden/TRAJECTORIES.md):
+losses, their terms, learning rates, EMA tau and all states at every task's end, in float64."""
 
 import json
 import os
@@ -30,14 +30,21 @@ SHAPES = {
     "warmup_epochs": "--warmup_epochs {}",
     "teacher_bn": "--teacher_bn {}",
 }
-PLACES = {"g.": "regularizer.predictor.", "queue_f.": "regularizer.queue."}  # their names and ours; all others: method.
+PLACES = {
+    "g.": "regularizer.predictor.",
+    "queue_f.": "regularizer.queue.",
+}  # their names and ours; all others: method.
 
 
 class Trajectory:
     """One run of a file; an array that equals an earlier one is stored as its key."""
 
     def __init__(self, path, name):
-        self.arrays, self.name, self.hyper = np.load(path), name, json.loads(np.load(path)[f"{name}/hyper"].item())
+        self.arrays, self.name, self.hyper = (
+            np.load(path),
+            name,
+            json.loads(np.load(path)[f"{name}/hyper"].item()),
+        )
 
     def __getitem__(self, key):
         value = self.arrays[f"{self.name}/{key}"]
@@ -63,11 +70,18 @@ class Trajectory:
     def fresh(self, task):
         """What the task drew: g and the teacher's queue, in the second one only."""
         before = {name for name, _ in json.loads(self[f"layout{task - 1}"].item())} if task else set()
-        return self.state(f"fresh{task}", task, lambda name: name not in before) if f"fresh{task}" in self else {}
+        return (
+            self.state(f"fresh{task}", task, lambda name: name not in before)
+            if f"fresh{task}" in self
+            else {}
+        )
 
 
 def ours(name):
-    return next((own + name.removeprefix(theirs) for theirs, own in PLACES.items() if name.startswith(theirs)), f"method.{name}")
+    return next(
+        (own + name.removeprefix(theirs) for theirs, own in PLACES.items() if name.startswith(theirs)),
+        f"method.{name}",
+    )
 
 
 class Backbone(torch.nn.Sequential):
@@ -75,24 +89,34 @@ class Backbone(torch.nn.Sequential):
 
     def __init__(self, *_):
         super().__init__(
-            *(torch.nn.Conv2d(3, 8, 3, padding=1, bias=False), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.AvgPool2d(2)),
+            *(
+                torch.nn.Conv2d(3, 8, 3, padding=1, bias=False),
+                torch.nn.BatchNorm2d(8),
+                torch.nn.ReLU(),
+                torch.nn.AvgPool2d(2),
+            ),
             *(torch.nn.Conv2d(8, 16, 3, padding=1, bias=False), torch.nn.BatchNorm2d(16), torch.nn.ReLU()),
             *(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()),
         )
 
 
 def replay(trajectory, folder, monkeypatch):
-    """Runs main_cssl.py on the trajectory's views from its first state; (lines of metrics.jsonl, state after each task)."""
+    """Runs main_cssl.py on the trajectory's views from its first state; (lines of metrics.jsonl, state after
+    each task)."""
     hyper, views, states = trajectory.hyper, trajectory.arrays["views"], []
 
     def loader(task):
         def epoch(number, first_step=0):
-            return ((torch.from_numpy(view1 / 16), torch.from_numpy(view2 / 16)) for view1, view2 in views[task, number])
+            return (
+                (torch.from_numpy(view1 / 16), torch.from_numpy(view2 / 16))
+                for view1, view2 in views[task, number]
+            )
 
         return SimpleNamespace(steps=hyper["steps"], epoch=epoch, indices=torch.arange(1), skipped=())
 
     class Learner(main_cssl.Learner):
-        """Starts from the released state, and takes from it what a task draws at random; notes how each task ends."""
+        """Starts from the released state, and takes from it what a task draws at random; notes how each task
+        ends."""
 
         def begin_task(self, task, device):
             if task > 0:
@@ -105,10 +129,22 @@ def replay(trajectory, folder, monkeypatch):
 
     monkeypatch.setattr(main_cssl, "Learner", Learner)
     monkeypatch.setattr(main_cssl, "build_backbone", Backbone)
-    monkeypatch.setattr(main_cssl, "build_loaders", lambda *_: [loader(task) for task in range(hyper["tasks"])])
-    shapes = [flag.format(hyper[name], **hyper) for name, flag in SHAPES.items() if hyper.get(name, "none") != "none"]
+    monkeypatch.setattr(
+        main_cssl, "build_loaders", lambda *_: [loader(task) for task in range(hyper["tasks"])]
+    )
+    shapes = [
+        flag.format(hyper[name], **hyper)
+        for name, flag in SHAPES.items()
+        if hyper.get(name, "none") != "none"
+    ]
     flags = f"--method {hyper['method']} --regularizer {hyper['regularizer']} {' '.join(shapes)}"
-    assert run(f"{flags} --lr_schedule epoch --scenario data --device cpu --eval none --log_every 1 --out_dir {folder}") == 0
+    assert (
+        run(
+            f"{flags} --lr_schedule epoch --scenario data --device cpu --eval none --log_every 1 --out_dir "
+            f"{folder}"
+        )
+        == 0
+    )
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     states.append(torch.load(folder / "last.pt")["learner"])
     return [row for row in rows if row["kind"] == "train"], states
@@ -116,7 +152,9 @@ def replay(trajectory, folder, monkeypatch):
 
 def compare(what, got, want):
     got, want = (torch.as_tensor(x, dtype=torch.float64) for x in (got, want))
-    torch.testing.assert_close(got, want, rtol=TOLERANCE, atol=TOLERANCE * float(want.abs().max()), msg=lambda m: f"{what}: {m}")
+    torch.testing.assert_close(
+        got, want, rtol=TOLERANCE, atol=TOLERANCE * float(want.abs().max()), msg=lambda m: f"{what}: {m}"
+    )
 
 
 def terms(trajectory, task):
@@ -153,7 +191,9 @@ def test_trajectory(path, name, tmp_path, monkeypatch):
         if "tau" in trajectory:
             compare(f"tau of task {task}", [row["ema_tau"] for row in part], trajectory["tau"][task])
         for term, values in terms(trajectory, task).items():
-            compare(f"{term} of task {task}", [sum(row[t] for t in term.split(" + ")) for row in part], values)
+            compare(
+                f"{term} of task {task}", [sum(row[t] for t in term.split(" + ")) for row in part], values
+            )
         state = {key: value for key, value in states[task].items() if ".teacher." not in key}
         released = trajectory.state(f"end{task}", task)
         assert state.keys() == released.keys()

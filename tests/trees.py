@@ -44,7 +44,8 @@ def odd_files():
 
 
 def fill(root, folders, count, seed=0, suffix=".JPEG"):
-    """`count` files in each folder below root, taking turns with odd_files; links of them, to be made quickly."""
+    """`count` files in each folder below root, taking turns with odd_files; links of them, to be made
+    quickly."""
     pool = root / ".pool"
     pool.mkdir(parents=True, exist_ok=True)
     for i, data in enumerate(odd_files()):

@@ -1,4 +1,5 @@
-"""Command-line parsing: advice in --help, one line for an error, and the number types that flags use by name."""
+"""Command-line parsing: advice in --help, one line for an error, and the number types that flags use by
+name."""
 
 import argparse
 import math
@@ -12,8 +13,9 @@ SECONDS = {"s": 1, "m": 60, "h": 3600}
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line and exit status 2, and which refuses abbreviated flags.
 
-    Flags may name their type as a string: "count" (an integer from 1), "index" (an integer from 0), "positive", "weight" (a
-    number from 0), "fraction" (0 to 1), "share" (the same without 0), "interval" (steps, or a time such as 90s, 10m, 1h).
+    Flags may name their type as a string: "count" (an integer from 1), "index" (an integer from 0),
+    "positive", "weight" (a number from 0), "fraction" (0 to 1), "share" (the same without 0), "interval"
+    (steps, or a time such as 90s, 10m, 1h).
     """
 
     def __init__(self, description):
@@ -30,7 +32,10 @@ class Parser(argparse.ArgumentParser):
     def peek(self, argv, *flags):
         """The values that argv gives these flags, or else their defaults, before the whole is parsed."""
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        names = [first.add_argument(flag, nargs="?", default=self.get_default(flag.lstrip("-"))).dest for flag in flags]
+        names = [
+            first.add_argument(flag, nargs="?", default=self.get_default(flag.lstrip("-"))).dest
+            for flag in flags
+        ]
         known = vars(first.parse_known_args(argv)[0])
         return [known[name] for name in names]
 

@@ -1,4 +1,5 @@
-"""Checkpoints: written whole or not at all, read without unpickling objects, and in the layouts that others use."""
+"""Checkpoints: written whole or not at all, read without unpickling objects, and in the layouts that others
+use."""
 
 import argparse
 import os
@@ -12,8 +13,14 @@ import torch
 
 from utils import RunError
 
-# foreign names and ours, by a prefix that marks the layout; longer prefixes come before the shorter ones that they contain
-HEADS = {"classifier.": "classifier.", "predictor.": "predictor.", "queue_ptr": "queue.pointer", "queue": "queue.rows"}
+# foreign names and ours, by a prefix that marks the layout; longer prefixes come before the shorter ones that
+# they contain
+HEADS = {
+    "classifier.": "classifier.",
+    "predictor.": "predictor.",
+    "queue_ptr": "queue.pointer",
+    "queue": "queue.rows",
+}
 LAYOUTS = {
     "encoder_q.": {
         "encoder_q.fc.": "projector.",
@@ -44,8 +51,8 @@ LAST, PREVIOUS = "last.pt", "last.prev.pt"
 def save(path, state, keep_previous=None):
     """Writes state (tensors, numbers, strings, lists, dicts) to path: temporary file, fsync, rename.
 
-    keep_previous: where the file that path now holds is moved first. Raises RunError, path left as it was, if the
-    disk is full or not writable.
+    keep_previous: where the file that path now holds is moved first. Raises RunError, path left as it was, if
+    the disk is full or not writable.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -63,7 +70,9 @@ def save(path, state, keep_previous=None):
         cause = error if isinstance(error, OSError) else error.__context__ or error
         temporary.unlink(missing_ok=True)
         left = "the one before it is intact" if path.exists() else "nothing was left half-written"
-        raise RunError(f"cannot save {path}: {cause}; {left}; free some space and run the same command again") from error
+        raise RunError(
+            f"cannot save {path}: {cause}; {left}; free some space and run the same command again"
+        ) from error
 
 
 def sync_folder(folder):
@@ -76,8 +85,8 @@ def sync_folder(folder):
 
 
 def load(path):
-    """What `save`, or torch.save, wrote; tensors on the CPU. Raises RunError if it cannot be read, if a bit of it has changed, or
-    if it holds objects."""
+    """What `save`, or torch.save, wrote; tensors on the CPU. Raises RunError if it cannot be read, if a bit
+    of it has changed, or if it holds objects."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -89,7 +98,9 @@ def load(path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = (
-            "it holds Python objects besides tensors, which are not opened" if "global" in str(error).lower() else "it is damaged"
+            "it holds Python objects besides tensors, which are not opened"
+            if "global" in str(error).lower()
+            else "it is damaged"
         )
         raise RunError(f"cannot read checkpoint {path}: {reason}") from error
     except FileNotFoundError as error:
@@ -117,23 +128,28 @@ def load_last(folder, warn=True):
             if warn:
                 print(f"warning: {error}; going back to the one before it", file=sys.stderr)
     if found:
-        raise RunError(f"no readable checkpoint in {folder}: remove {found[0].name} to start again from the beginning")
+        raise RunError(
+            f"no readable checkpoint in {folder}: remove {found[0].name} to start again from the beginning"
+        )
     return None
 
 
 def read_network(path):
-    """A backbone, and the heads that came with it, from any of these layouts: taskN.pt; solo-learn's, CaSSLe's and PNR's
-    ("state_dict" with encoder.*, projector.*, momentum_*); MoCo's (module.encoder_q.*); a bare torchvision state_dict.
+    """A backbone, and the heads that came with it, from any of these layouts: taskN.pt; solo-learn's,
+    CaSSLe's and PNR's ("state_dict" with encoder.*, projector.*, momentum_*); MoCo's (module.encoder_q.*); a
+    bare torchvision state_dict.
 
-    Returns a dict: "backbone" and "heads" (state_dicts, in this project's names), "config" (the arguments of the run that wrote
-    it, or None), and "left_out" (what has no place here: the first part of its names).
+    Returns a dict: "backbone" and "heads" (state_dicts, in this project's names), "config" (the arguments of
+    the run that wrote it, or None), and "left_out" (what has no place here: the first part of its names).
     """
     content = load(path)
     if isinstance(content, dict) and all(isinstance(content.get(k), dict) for k in ("backbone", "heads")):
         config = content.get("config")
         return {**content, "config": config if isinstance(config, dict) else None, "left_out": set()}
     if isinstance(content, dict):
-        content = next((content[k] for k in ("state_dict", "model") if isinstance(content.get(k), dict)), content)
+        content = next(
+            (content[k] for k in ("state_dict", "model") if isinstance(content.get(k), dict)), content
+        )
     if not isinstance(content, dict) or not any(torch.is_tensor(v) for v in content.values()):
         raise RunError(f"{path} holds no network: expected a state_dict of tensors")
     tensors = {str(k).removeprefix("module."): v for k, v in content.items() if torch.is_tensor(v)}
@@ -163,26 +179,32 @@ def load_strictly(module, state, path, what):
             raise RunError(f"{path} is a checkpoint of another architecture than {what}: {key} is {shapes}")
     for key in state:
         if key not in own:
-            raise RunError(f"{path} is a checkpoint of another architecture than {what}: {key} has no place in it")
+            raise RunError(
+                f"{path} is a checkpoint of another architecture than {what}: {key} has no place in it"
+            )
     module.load_state_dict(state, strict=True)
 
 
 def load_method(method, path, what, tasks, online=None):
-    """Puts the network of a first task into a method: all of it from a task0.pt, from other layouts what the method has a place
-    for. tasks: the names of this run's tasks; raises RunError if a task0.pt is of others, or is no task0.pt.
+    """Puts the network of a first task into a method: all of it from a task0.pt, from other layouts what the
+    method has a place for. tasks: the names of this run's tasks; raises RunError if a task0.pt is of others,
+    or is no task0.pt.
 
-    Where a checkpoint has no EMA twin, the twin starts as a copy of the student; a predictor or queue it does not have stays
-    random. online: the OnlineProbe, or None; raises RunError if the checkpoint has no classifier for it. Returns a line that says
-    what became of what.
+    Where a checkpoint has no EMA twin, the twin starts as a copy of the student; a predictor or queue it does
+    not have stays random. online: the OnlineProbe, or None; raises RunError if the checkpoint has no
+    classifier for it. Returns a line that says what became of what.
     """
     network = read_network(path)
     state = {f"backbone.{k}": v for k, v in network["backbone"].items()} | network["heads"]
     fresh, left_out = set(), network["left_out"]
-    classifier = network.get("online") or {k: state.pop(k) for k in list(state) if k.startswith("classifier.")}
+    classifier = network.get("online") or {
+        k: state.pop(k) for k in list(state) if k.startswith("classifier.")
+    }
     if classifier and online is None:
         left_out.add("classifier")
     if online is not None and not classifier:
-        raise RunError(f"--online_probe: {path} holds no classifier, and so there is no accuracy after the first task: train that "
+        raise RunError(f"--online_probe: {path} holds no classifier, and so there is no accuracy after the "
+                       "first task: train that "
                        "task with --online_probe, too")  # fmt: skip
     if network["config"] is None:
         own, needed = method.state_dict(), ("backbone.", "projector.")
@@ -199,5 +221,9 @@ def load_method(method, path, what, tasks, online=None):
     if network.get("task", 0) != 0 or network.get("tasks", tasks)[:1] != tasks[:1]:
         raise RunError(f"{path} is not a network of this run's first task: it was trained on other data")
     parts = sorted({key.split(".")[0] for key in state} - {name.split()[0] for name in fresh})
-    notes = [f"{words}: {', '.join(sorted(names))}" for words, names in (("started anew", fresh), ("left out", left_out)) if names]
+    notes = [
+        f"{words}: {', '.join(sorted(names))}"
+        for words, names in (("started anew", fresh), ("left out", left_out))
+        if names
+    ]
     return "; ".join([f"first task from {path}: {', '.join(parts)}", *notes])

@@ -1,6 +1,8 @@
-"""Collapse monitors on features that an evaluation has extracted anyway: what each reads when training has failed silently.
+"""Collapse monitors on features that an evaluation has extracted anyway: what each reads when training has
+failed silently.
 
-The four kinds are those of FALCON's paper (arXiv 2410.04959): representation, dimensional, cluster and intracluster collapse.
+The four kinds are those of FALCON's paper (arXiv 2410.04959): representation, dimensional, cluster and
+intracluster collapse.
 """
 
 import math
@@ -10,8 +12,8 @@ import torch.nn.functional as F
 
 
 def spread(z):
-    """sqrt(D) x the standard deviation of unit-length features, mean over dimensions: 1 if spread out, 0 if all are equal
-    (representation collapse). z: [N, D]. Source: Chen and He, SimSiam (CVPR 2021)."""
+    """sqrt(D) x the standard deviation of unit-length features, mean over dimensions: 1 if spread out, 0 if
+    all are equal (representation collapse). z: [N, D]. Source: Chen and He, SimSiam (CVPR 2021)."""
     z = z.detach()
     return float(F.normalize(z, dim=1).std(dim=0).mean() * z.shape[1] ** 0.5)
 
@@ -28,21 +30,23 @@ def singular_values(x):
 
 
 def effective_rank(values):
-    """e^entropy of the normalised singular values: from 1 (dimensional collapse) to D. Source: Roy and Vetterli (2007)."""
+    """e^entropy of the normalised singular values: from 1 (dimensional collapse) to D. Source: Roy and
+    Vetterli (2007)."""
     p = values / values.sum().clamp(min=1e-300)  # all equal features: rank 1
     return float(torch.special.entr(p).sum().exp())
 
 
 def code_entropy(codes):
-    """Entropy of code use over its largest possible value, ln min(N, codes): 1 if all are used evenly, 0 if one is (cluster
-    collapse). codes: int64 [N], and their number."""
+    """Entropy of code use over its largest possible value, ln min(N, codes): 1 if all are used evenly, 0 if
+    one is (cluster collapse). codes: int64 [N], and their number."""
     index, count = codes
     share = torch.bincount(index, minlength=count).double() / len(index)
     return float(torch.special.entr(share).sum()) / math.log(min(len(index), count))
 
 
 def intracluster_variance(x, codes):
-    """Share of the features' variance that lies within codes: 0 if all samples of a code are equal (intracluster collapse).
+    """Share of the features' variance that lies within codes: 0 if all samples of a code are equal
+    (intracluster collapse).
 
     x: [N, D]; codes: int64 [N], and their number.
     """
@@ -55,11 +59,15 @@ def intracluster_variance(x, codes):
 
 
 def health(x, codes=None):
-    """All monitors by name, and the singular values. x: features [N, D]; codes: (int64 [N], their number) where there are any."""
+    """All monitors by name, and the singular values. x: features [N, D]; codes: (int64 [N], their number)
+    where there are any."""
     values = singular_values(x)
     report = {"feature_std": spread(x), "effective_rank": effective_rank(values)}
     if codes is not None:
-        report |= {"code_entropy": code_entropy(codes), "intracluster_variance": intracluster_variance(x, codes)}
+        report |= {
+            "code_entropy": code_entropy(codes),
+            "intracluster_variance": intracluster_variance(x, codes),
+        }
     return report, values
 
 

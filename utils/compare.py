@@ -20,7 +20,9 @@ def compare(folders):
     height = max(map(len, columns))
     widths = [max(map(len, column)) for column in columns]
     rows = [
-        "   ".join((column[i] if i < len(column) else "").ljust(width) for column, width in zip(columns, widths))
+        "   ".join(
+            (column[i] if i < len(column) else "").ljust(width) for column, width in zip(columns, widths)
+        )
         for i in range(height)
     ]
     return "\n".join([f"accuracy (%), {'; '.join(protocols)}", *(row.rstrip() for row in rows)])

@@ -16,7 +16,9 @@ import torch.distributed as dist
 from utils import RunError
 
 MEETING = timedelta(minutes=10)  # processes may be so far apart when they start
-DECODING = timedelta(hours=12)  # rank 0 may decode a data set before the others; torchrun notices at once when a process ends
+DECODING = timedelta(
+    hours=12
+)  # rank 0 may decode a data set before the others; torchrun notices at once when a process ends
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Process:
         return counts.tolist()
 
     def gather(self, x):
-        """The rows of all ranks, in rank order, on every rank. x: [n, ...]; n may differ from rank to rank."""
+        """The rows of all ranks, in rank order, on every rank. x: [n, ...]; n may differ from rank to
+        rank."""
         if self.world == 1:
             return x
         counts = self.counts(len(x))
@@ -75,7 +78,8 @@ class Process:
                 for name, value in ranks[0].items():
                     if (other := others.get(name)) != value:
                         raise RunError(
-                            f"process {rank} of {self.world} has another {name} than process 0: {other}, not {value}; all machines "
+                            f"process {rank} of {self.world} has another {name} than process 0: {other}, not "
+                            f"{value}; all machines "
                             "need the same flags, the same images, and one run folder that they share"
                         )
 
@@ -88,7 +92,8 @@ class Process:
         return set().union(*lists)
 
     def agree(self, flag, now):
-        """True on every rank if `now` (the same on all) and the flag is set on one of them; waits for the device if so."""
+        """True on every rank if `now` (the same on all) and the flag is set on one of them; waits for the
+        device if so."""
         if self.world == 1 or not now:
             return flag and self.world == 1
         votes = torch.tensor(int(flag), device=self.device)
@@ -103,26 +108,36 @@ def start(device):
     """
     store = meeting_place()
     if device == "cuda" and not torch.cuda.is_available():
-        raise RunError("--device cuda: this machine, or this PyTorch build, has no usable CUDA device; use --device cpu or auto")
+        raise RunError(
+            "--device cuda: this machine, or this PyTorch build, has no usable CUDA device; use --device cpu "
+            "or auto"
+        )
     cuda = device != "cpu" and torch.cuda.is_available()
     rank, world, local = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
     if cuda:
         if local >= torch.cuda.device_count():
-            raise RunError(f"{local + 1} processes or more on a machine with {torch.cuda.device_count()} CUDA devices: start fewer")
+            raise RunError(
+                f"{local + 1} processes or more on a machine with {torch.cuda.device_count()} CUDA devices: "
+                "start fewer"
+            )
         torch.cuda.set_device(local)
         torch.backends.cudnn.benchmark = True
     else:
         keep_heap()
     if world > 1:
         group = dist.PrefixStore("group", store)
-        dist.init_process_group("nccl" if cuda else "gloo", store=group, rank=rank, world_size=world, timeout=DECODING)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", store=group, rank=rank, world_size=world, timeout=DECODING
+        )
     return Process(torch.device("cuda", local) if cuda else torch.device("cpu"), rank, world)
 
 
 def meeting_place():
-    """The part of torchrun's key-value store that is these processes' own; None for a process alone. Waits for all of them, once.
+    """The part of torchrun's key-value store that is these processes' own; None for a process alone. Waits
+    for all of them, once.
 
     Raises RunError if they do not meet.
     """
@@ -136,9 +151,9 @@ def meeting_place():
 def _meet():
     """meeting_place's store, or its error.
 
-    After a restart torchrun's store is the same one and holds the addresses of processes that have gone, and the torchruns of two
-    machines may count restarts differently. So rank 0 names a new part of the store, and tells each rank that comes to the door,
-    which says that it has heard.
+    After a restart torchrun's store is the same one and holds the addresses of processes that have gone, and
+    the torchruns of two machines may count restarts differently. So rank 0 names a new part of the store, and
+    tells each rank that comes to the door, which says that it has heard.
     """
     own = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
     try:
@@ -163,11 +178,15 @@ def _meet():
         return dist.PrefixStore(own, store)
     except (ValueError, dist.DistError) as error:
         reason = str(error).splitlines()[0]
-        return RunError(f"the processes that WORLD_SIZE={os.environ['WORLD_SIZE']} promises do not meet ({reason}): use torchrun")
+        return RunError(
+            f"the processes that WORLD_SIZE={os.environ['WORLD_SIZE']} promises do not meet ({reason}): use "
+            "torchrun"
+        )
 
 
 def first_to_speak():
-    """True on the first rank that asks. An error that many ranks meet, or that ends the others, is told once."""
+    """True on the first rank that asks. An error that many ranks meet, or that ends the others, is told
+    once."""
     try:
         return meeting_place() is None or meeting_place().add("spoken", 1) == 1
     except (RuntimeError, RunError):  # there is no store, or it has gone with the process that kept it
@@ -175,8 +194,8 @@ def first_to_speak():
 
 
 def keep_heap():
-    """Asks glibc, where there is one, to keep freed memory: to give a step's tensors back to the system and to fetch them anew,
-    page by page, takes a CPU longer than to fill them."""
+    """Asks glibc, where there is one, to keep freed memory: to give a step's tensors back to the system and
+    to fetch them anew, page by page, takes a CPU longer than to fill them."""
     trim_threshold, mmap_max = -1, -4
     with contextlib.suppress(OSError, AttributeError, TypeError):
         library = ctypes.CDLL(None)
@@ -187,5 +206,5 @@ def keep_heap():
 def stop():
     """Leaves the other processes, when the model is no longer used."""
     if dist.is_initialized():
-        gc.collect()  # DistributedDataParallel, which would end the group while it holds the interpreter: a deadlock
+        gc.collect()  # of DDP, which would end the group while it holds the interpreter: a deadlock
         dist.destroy_process_group()

@@ -16,7 +16,8 @@ KNN_K, KNN_TEMPERATURE, KNN_CHUNK = 200, 0.07, 512
 def extract(backbone, batches, autocast_dtype=None):
     """Features float32 [N, F] of all batches (images [n, 3, S, S]), with running statistics; N may be 0.
 
-    The backbone's mode is restored. Raises AssertionError if one of its tensors changed, running statistics included.
+    The backbone's mode is restored. Raises AssertionError if one of its tensors changed, running statistics
+    included.
     """
     before, training = {k: v.clone() for k, v in backbone.state_dict().items()}, backbone.training
     backbone.eval()
@@ -25,17 +26,21 @@ def extract(backbone, batches, autocast_dtype=None):
         with torch.autocast(images.device.type, autocast_dtype, enabled=autocast_dtype is not None):
             features.append(backbone(images).float())
     backbone.train(training)
-    assert all(torch.equal(before[k], v) for k, v in backbone.state_dict().items()), "evaluation changed the backbone"
+    assert all(torch.equal(before[k], v) for k, v in backbone.state_dict().items()), (
+        "evaluation changed the backbone"
+    )
     return torch.cat(features) if features else next(backbone.parameters()).new_zeros(0, backbone.feature_dim)
 
 
 class SoftmaxRegression:
-    """A linear classifier that starts from zero, in float64: SGD with momentum and without weight decay, lr x 0.1 at 60 % and 80 %
-    of the epochs. Each rank gives its own share of the features; a batch is drawn from all shares, its gradient summed over ranks.
+    """A linear classifier that starts from zero, in float64: SGD with momentum and without weight decay, lr x
+    0.1 at 60 % and 80 % of the epochs. Each rank gives its own share of the features; a batch is drawn from
+    all shares, its gradient summed over ranks.
     """
 
     def __init__(self, dim, num_classes, lr, momentum, seed, epochs, process, device):
-        # at the papers' rates training amplifies rounding to a point of accuracy; in float64 the sums' order does not show
+        # at the papers' rates training amplifies rounding to a point of accuracy; in float64 the sums' order
+        # does not show
         self.linear = nn.Linear(dim, num_classes, device=device, dtype=torch.float64)
         nn.init.zeros_(self.linear.weight), nn.init.zeros_(self.linear.bias)
         self.optimizer = torch.optim.SGD(self.linear.parameters(), lr=lr, momentum=momentum, fused=True)
@@ -64,18 +69,25 @@ class SoftmaxRegression:
         logits = self.linear(x.double())
         if not logits.isfinite().all():
             lr, momentum = (self.optimizer.defaults[name] for name in ("lr", "momentum"))
-            raise RunError(f"the linear probe diverged at --probe_lr {lr:g} with --probe_momentum {momentum:g}: lower them")
+            raise RunError(
+                f"the linear probe diverged at --probe_lr {lr:g} with --probe_momentum {momentum:g}: lower "
+                "them"
+            )
         return logits.argmax(dim=1)
 
 
 def linear_probe(features, labels, parts, test_x, num_classes, lr, momentum, seed, epochs, process=ALONE):
-    """Predictions int64 [M] for test_x by one SoftmaxRegression over all classes for each of the parts, in a list.
+    """Predictions int64 [M] for test_x by one SoftmaxRegression over all classes for each of the parts, in a
+    list.
 
-    features: of an epoch (0, 1, ...), a function that returns float [N, F]; labels: int64 [N]; parts: bool [N], the rows that a
-    classifier learns from. All are this rank's share, of which the predictions are, too.
+    features: of an epoch (0, 1, ...), a function that returns float [N, F]; labels: int64 [N]; parts: bool
+    [N], the rows that a classifier learns from. All are this rank's share, of which the predictions are, too.
     """
     device = labels.device
-    probes = [SoftmaxRegression(test_x.shape[1], num_classes, lr, momentum, seed, epochs, process, device) for _ in parts]
+    probes = [
+        SoftmaxRegression(test_x.shape[1], num_classes, lr, momentum, seed, epochs, process, device)
+        for _ in parts
+    ]
     rows = [slice(None) if part.all() else part for part in parts]
     for epoch in range(epochs):
         x = features(epoch)
@@ -85,10 +97,21 @@ def linear_probe(features, labels, parts, test_x, num_classes, lr, momentum, see
 
 
 @torch.no_grad()
-def knn(train_x, train_y, test_x, num_classes, k=KNN_K, temperature=KNN_TEMPERATURE, chunk=KNN_CHUNK, process=ALONE):
-    """Predictions int64 [M] of the weighted nearest neighbours: the k of largest cosine vote with e^(cosine / temperature).
+def knn(
+    train_x,
+    train_y,
+    test_x,
+    num_classes,
+    k=KNN_K,
+    temperature=KNN_TEMPERATURE,
+    chunk=KNN_CHUNK,
+    process=ALONE,
+):
+    """Predictions int64 [M] of the weighted nearest neighbours: the k of largest cosine vote with e^(cosine /
+    temperature).
 
-    Each rank gives its own share of the training and of the test features; the training features are gathered.
+    Each rank gives its own share of the training and of the test features; the training features are
+    gathered.
     """
     bank, train_y = F.normalize(process.gather(train_x), dim=1), process.gather(train_y)
     predictions = []
@@ -102,29 +125,42 @@ def knn(train_x, train_y, test_x, num_classes, k=KNN_K, temperature=KNN_TEMPERAT
 
 
 def protocol_name(args, name=""):
-    """The words that stand beside every number. name: of what is reported beside the numbers of --eval, if it is that."""
+    """The words that stand beside every number. name: of what is reported beside the numbers of --eval, if it
+    is that."""
     if name.startswith("online"):
-        mode = {"clean": "in eval mode", "released": "in training mode, as in the papers' CIFAR tables"}[args.online_probe]
+        mode = {"clean": "in eval mode", "released": "in training mode, as in the papers' CIFAR tables"}[
+            args.online_probe
+        ]
         return (
-            f"online linear probe ({args.online_probe}): learns beside the network, lr {args.online_lr:g}, on all labelled images "
-            f"in view 2's augmentation, which pass through the network {mode}; one classifier over all classes"
+            f"online linear probe ({args.online_probe}): learns beside the network, lr {args.online_lr:g}, "
+            "on all labelled images "
+            f"in view 2's augmentation, which pass through the network {mode}; one classifier over all "
+            "classes"
         )
     if args.eval == "linear":
-        views = {"cached": "no augmentation", "augmented": "random resized crop (0.08-1) and flip anew each epoch"}[
-            args.probe_views
-        ]
-        whose = "one classifier for each domain, from its own images" if name == "linear_per_domain" else "one classifier"
+        views = {
+            "cached": "no augmentation",
+            "augmented": "random resized crop (0.08-1) and flip anew each epoch",
+        }[args.probe_views]
+        whose = (
+            "one classifier for each domain, from its own images"
+            if name == "linear_per_domain"
+            else "one classifier"
+        )
         return (
-            f"offline linear probe{', per domain' * (name != '')}: SGD in float64, lr {args.probe_lr:g}, momentum "
-            f"{args.probe_momentum:g}, {PROBE_EPOCHS} epochs, batch {PROBE_BATCH}, lr x 0.1 at epochs 60 and 80; {whose} over all "
+            f"offline linear probe{', per domain' * (name != '')}: SGD in float64, lr {args.probe_lr:g}, "
+            "momentum "
+            f"{args.probe_momentum:g}, {PROBE_EPOCHS} epochs, batch {PROBE_BATCH}, lr x 0.1 at epochs 60 and "
+            f"80; {whose} over all "
             f"classes, frozen network, {views}"
         )
-    return f"k-NN: cosine, k {KNN_K} or all if fewer, temperature {KNN_TEMPERATURE}; all classes, frozen features"
+    setting = f"cosine, k {KNN_K} or all if fewer, temperature {KNN_TEMPERATURE}"
+    return f"k-NN: {setting}; all classes, frozen features"
 
 
 def classify(args, process, features, labels, parts, test_x, num_classes):
-    """Predictions int64 [M] for test_x by the protocol that args.eval names, as args say, a list with one for each of the parts;
-    for the arguments see linear_probe."""
+    """Predictions int64 [M] for test_x by the protocol that args.eval names, as args say, a list with one for
+    each of the parts; for the arguments see linear_probe."""
     if args.eval == "linear":
         sgd = args.probe_lr, args.probe_momentum, args.seed
         return linear_probe(features, labels, parts, test_x, num_classes, *sgd, PROBE_EPOCHS, process)
@@ -134,8 +170,8 @@ def classify(args, process, features, labels, parts, test_x, num_classes):
 def accuracy_row(predictions, labels, parts):
     """Accuracy in percent on each task: a list of floats, one row of the matrix.
 
-    predictions, labels: int64 [M], labels -1 for none, which do not count; parts: for each task the int64 indices that it is
-    tested on.
+    predictions, labels: int64 [M], labels -1 for none, which do not count; parts: for each task the int64
+    indices that it is tested on.
     """
     correct, known = (predictions == labels).double().cpu(), (labels >= 0).cpu()
     return [round(100 * correct[part][known[part]].mean().item(), 4) for part in parts]
@@ -153,7 +189,8 @@ def forgetting(matrix):
 
 
 def forward_transfer(matrix, random_row):
-    """1/(T-1) sum over k >= 2 of (a[k][k-1] - R_k), R: a random backbone's row; None without it, or for one task."""
+    """1/(T-1) sum over k >= 2 of (a[k][k-1] - R_k), R: a random backbone's row; None without it, or for one
+    task."""
     last = len(matrix) - 1
     if not last or random_row is None:
         return None
@@ -161,12 +198,15 @@ def forward_transfer(matrix, random_row):
 
 
 def plasticity(matrix, single_task):
-    """1/(T-1) sum over j < T of 1/(T-j) sum over k > j of (a[k][j] - FT_k), FT: accuracies of models trained on one task
-    each; None without them, or for one task."""
+    """1/(T-1) sum over j < T of 1/(T-j) sum over k > j of (a[k][j] - FT_k), FT: accuracies of models trained
+    on one task each; None without them, or for one task."""
     count = len(matrix)
     if count < 2 or single_task is None:
         return None
-    gaps = [sum(matrix[j][k] - single_task[k] for k in range(j + 1, count)) / (count - 1 - j) for j in range(count - 1)]
+    gaps = [
+        sum(matrix[j][k] - single_task[k] for k in range(j + 1, count)) / (count - 1 - j)
+        for j in range(count - 1)
+    ]
     return sum(gaps) / (count - 1)
 
 
@@ -195,8 +235,15 @@ def format_matrix(matrix):
 def format_row(task, block):
     """The accuracies after a task, and those of a random backbone where they are known, in a line."""
     protocol = block["protocol"].split(":")[0]
-    rows = {f"after task {task}: accuracy (%), {protocol}": block["matrix"][-1], "random network": block["random_backbone"]}
-    return "; ".join(f"{name} {' '.join(f'{a:.2f}' for a in r)}, mean {sum(r) / len(r):.2f}" for name, r in rows.items() if r)
+    rows = {
+        f"after task {task}: accuracy (%), {protocol}": block["matrix"][-1],
+        "random network": block["random_backbone"],
+    }
+    return "; ".join(
+        f"{name} {' '.join(f'{a:.2f}' for a in r)}, mean {sum(r) / len(r):.2f}"
+        for name, r in rows.items()
+        if r
+    )
 
 
 def format_summary(block):
@@ -211,8 +258,8 @@ def format_summary(block):
 
 
 def plot_matrix(matrix, title, names=None):
-    """The accuracy matrix as a matplotlib figure: annotated cells; bold: the task just trained, italic: tasks still to come;
-    names: of the tasks, where they have any."""
+    """The accuracy matrix as a matplotlib figure: annotated cells; bold: the task just trained, italic: tasks
+    still to come; names: of the tasks, where they have any."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -225,8 +272,18 @@ def plot_matrix(matrix, title, names=None):
     for t, row in enumerate(matrix):
         for k, value in enumerate(row):
             style = {"fontweight": "bold"} if k == t else {"fontstyle": "italic"} if k > t else {}
-            axes.text(k, t, f"{value:.1f}", ha="center", va="center", color="black" if value > middle else "white", **style)
-    axes.set(xticks=range(tasks), yticks=range(rows), xlabel="accuracy on task (%)", ylabel="after training task")
+            axes.text(
+                k,
+                t,
+                f"{value:.1f}",
+                ha="center",
+                va="center",
+                color="black" if value > middle else "white",
+                **style,
+            )
+    axes.set(
+        xticks=range(tasks), yticks=range(rows), xlabel="accuracy on task (%)", ylabel="after training task"
+    )
     if names:
         axes.set_xticks(range(tasks), names, rotation=30, ha="right")
         axes.set_yticks(range(rows), names[:rows])

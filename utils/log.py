@@ -1,7 +1,7 @@
 """What a run says while it trains: metrics.jsonl, TensorBoard, and a progress bar or plain lines.
 
-metrics.jsonl holds only what the seed decides, so that two runs of one command can be compared with diff; timings go to
-TensorBoard and to the terminal.
+metrics.jsonl holds only what the seed decides, so that two runs of one command can be compared with diff;
+timings go to TensorBoard and to the terminal.
 """
 
 import json
@@ -21,10 +21,11 @@ PLAIN_SECONDS = 10  # at least so far apart are the lines of a run without a ter
 
 
 class Log:
-    """Writes metrics.jsonl and TensorBoard events of a run folder; does nothing where folder is None (ranks other than 0).
+    """Writes metrics.jsonl and TensorBoard events of a run folder; does nothing where folder is None (ranks
+    other than 0).
 
-    offset, step: the size of metrics.jsonl and the global step of the checkpoint that the run resumes from; what was written
-    after it is dropped, since it will be written again.
+    offset, step: the size of metrics.jsonl and the global step of the checkpoint that the run resumes from;
+    what was written after it is dropped, since it will be written again.
     """
 
     def __init__(self, folder, offset=0, step=0):
@@ -67,7 +68,9 @@ class Log:
 
     def hparams(self, arguments, values):
         if self.writer is not None:
-            simple = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in arguments.items()}
+            simple = {
+                k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in arguments.items()
+            }
             known = {f"final/{k}": v for k, v in values.items() if isinstance(v, float)}
             self.writer.add_hparams(simple, known, run_name=".")
 
@@ -82,20 +85,26 @@ class Log:
 
 
 def pass_over_oserror(failed):
-    """What a thread that failed prints: nothing where a disk did, since TensorBoard's thread tells that to the main one."""
+    """What a thread that failed prints: nothing where a disk did, since TensorBoard's thread tells that to
+    the main one."""
     if not isinstance(failed.exc_value, OSError):
         threading.__excepthook__(failed)
 
 
 class Progress:
-    """One bar for a task's steps on a terminal, a plain line now and then elsewhere, nothing on ranks other than 0."""
+    """One bar for a task's steps on a terminal, a plain line now and then elsewhere, nothing on ranks other
+    than 0."""
 
     def __init__(self, task, tasks, epochs, steps, done, shown):
         self.title = f"task {task} (of {tasks})"
         self.epochs, self.steps, self.done, self.total = epochs, steps, done, epochs * steps
         self.shown = shown
         terminal = shown and sys.stderr.isatty()
-        self.bar = tqdm(total=self.total, initial=done, desc=self.title, unit="step", dynamic_ncols=True) if terminal else None
+        self.bar = (
+            tqdm(total=self.total, initial=done, desc=self.title, unit="step", dynamic_ncols=True)
+            if terminal
+            else None
+        )
         self.start, self.start_done = time.monotonic(), done
         self.printed, self.printed_done = -math.inf, None
 
@@ -115,10 +124,13 @@ class Progress:
             self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.4f}, {speed}")
         elif self.shown and self.done != self.printed_done and self.line_is_due():
             self.printed, self.printed_done = time.monotonic(), self.done
-            left = (self.total - self.done) * (self.printed - self.start) / max(self.done - self.start_done, 1)
+            left = (
+                (self.total - self.done) * (self.printed - self.start) / max(self.done - self.start_done, 1)
+            )
             eta = time.strftime("%H:%M:%S", time.gmtime(left)) if left < 86400 else f"{left / 86400:.1f} days"
             epoch = max(self.done - 1, 0) // self.steps + 1
-            print(f"{self.title} epoch {epoch}/{self.epochs} step {self.done}/{self.total} loss {loss:.4f} lr {lr:.4f} "
+            print(f"{self.title} epoch {epoch}/{self.epochs} step {self.done}/{self.total} loss {loss:.4f} "
+                  f"lr {lr:.4f} "
                   f"{speed}, {eta} left", flush=True)  # fmt: skip
 
     def warn(self, message):

@@ -69,6 +69,9 @@ class Clock:
         """Of the time since the last reading; that reading again if there was no batch in between."""
         if self.images:
             elapsed = max(time.monotonic() - self.start, 1e-9)
-            self.reading = {"images_per_second": self.images / elapsed, "data_wait_share": self.waited / elapsed}
+            self.reading = {
+                "images_per_second": self.images / elapsed,
+                "data_wait_share": self.waited / elapsed,
+            }
             self.restart()
         return self.reading

@@ -1,4 +1,5 @@
-"""A run lives in one folder: who may write it, what experiment it is, how far it is, and how it is asked to stop."""
+"""A run lives in one folder: who may write it, what experiment it is, how far it is, and how it is asked to
+stop."""
 
 import contextlib
 import copy
@@ -20,9 +21,27 @@ from utils import RunError, checkpoint
 from utils.evaluate import plot_matrix
 from utils.log import Log
 
-# arguments that may differ when a run is resumed: they change where and how fast it runs, not what it computes
-FREE = {"out_dir", "data_dir", "download", "cache_dir", "device", "compile", "save_every", "log_every", "workers", "skip_corrupt"}
-PROTOCOL = {"eval", "probe_lr", "probe_momentum", "probe_views", "probe_data_dir"}  # may change until a task is finished
+# arguments that may differ when a run is resumed: they change where and how fast it runs, not what it
+# computes
+FREE = {
+    "out_dir",
+    "data_dir",
+    "download",
+    "cache_dir",
+    "device",
+    "compile",
+    "save_every",
+    "log_every",
+    "workers",
+    "skip_corrupt",
+}
+PROTOCOL = {
+    "eval",
+    "probe_lr",
+    "probe_momentum",
+    "probe_views",
+    "probe_data_dir",
+}  # may change until a task is finished
 SPLIT, LOCK = "split.pt", ".lock"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -37,8 +56,8 @@ def write_text(path, text):
 def open_folder(path, arguments):
     """Makes or reopens a run folder, writes config.json, and holds the folder's lock until the process ends.
 
-    Returns the lock; keep it. Raises RunError if the folder cannot be written, if another process holds it, or if it holds
-    networks without the checkpoint that would tell what run they are of.
+    Returns the lock; keep it. Raises RunError if the folder cannot be written, if another process holds it,
+    or if it holds networks without the checkpoint that would tell what run they are of.
     """
     folder = Path(path)
     try:
@@ -49,14 +68,21 @@ def open_folder(path, arguments):
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise RunError(f"another process is writing {folder}: wait for it, or choose another --out_dir") from error
+        raise RunError(
+            f"another process is writing {folder}: wait for it, or choose another --out_dir"
+        ) from error
     lock.write(os.urandom(8).hex())  # by which processes on other machines see that they see this folder
     lock.flush()
     os.fsync(lock.fileno())
     if not checkpoint.exists(folder):
         if any(folder.glob("task*.pt")):
-            raise RunError(f"{folder} holds networks of a run but no {checkpoint.LAST}: choose another --out_dir, or empty it")
-        write_text(folder / "config.json", json.dumps({"arguments": arguments, **environment()}, indent=2) + "\n")
+            raise RunError(
+                f"{folder} holds networks of a run but no {checkpoint.LAST}: choose another --out_dir, or "
+                "empty it"
+            )
+        write_text(
+            folder / "config.json", json.dumps({"arguments": arguments, **environment()}, indent=2) + "\n"
+        )
     return lock
 
 
@@ -86,7 +112,9 @@ def environment():
     versions["python"] = platform.python_version()
     root = Path(__file__).resolve().parent.parent
     try:
-        git = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
+        git = subprocess.run(
+            ["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True
+        )
         commit = git.stdout.strip() or None
     except OSError:  # no git on this machine
         commit = None
@@ -106,18 +134,23 @@ def write_results(folder, block):
 class Run:
     """A run folder and all that must survive an interruption.
 
-    Its counters say where the run is: task, epoch, step (of the epoch), global_step; finished tasks, the accuracy matrices so
-    far, and a random backbone's rows, by protocol; feature_std when the task began; the tasks after which features had collapsed.
-    process: only rank 0 writes. data: what identifies images and tasks; indices: of the images of each task, kept in split.pt.
-    Both are compared at resume.
+    Its counters say where the run is: task, epoch, step (of the epoch), global_step; finished tasks, the
+    accuracy matrices so far, and a random backbone's rows, by protocol; feature_std when the task began; the
+    tasks after which features had collapsed. process: only rank 0 writes. data: what identifies images and
+    tasks; indices: of the images of each task, kept in split.pt. Both are compared at resume.
     """
 
-    COUNTERS = {"task": 0, "epoch": 0, "step": 0, "global_step": 0, "finished": 0, "matrices": {}, "random_rows": {},
-                "start_std": 0.0, "collapsed": []}  # fmt: skip
+    COUNTERS = {
+        **{"task": 0, "epoch": 0, "step": 0, "global_step": 0, "finished": 0},
+        **{"matrices": {}, "random_rows": {}, "start_std": 0.0, "collapsed": []},
+    }
 
     def __init__(self, arguments, data, indices, process):
         self.folder, self.main = Path(arguments["out_dir"]), process.main
-        self.arguments, self.data = json.loads(json.dumps(arguments)), data  # as they will be read back: tuples become lists
+        self.arguments, self.data = (
+            json.loads(json.dumps(arguments)),
+            data,
+        )  # as they will be read back: tuples become lists
         self.lock = process.first(lambda: open_folder(self.folder, self.arguments) if self.main else None)
         self.saved = checkpoint.load_last(self.folder, warn=self.main)
         self.resumed = self.saved is not None
@@ -125,7 +158,9 @@ class Run:
         if self.resumed:
             self.check_experiment(self.saved["arguments"])
         flags = {f"--{name}": value for name, value in self.arguments.items() if name not in FREE}
-        process.require_same({**flags, "data set in --data_dir": data["digest"], "folder in --out_dir": self.read_lock()})
+        process.require_same(
+            {**flags, "data set in --data_dir": data["digest"], "folder in --out_dir": self.read_lock()}
+        )
         if self.main:
             self.check_split(indices)
         complete = self.finished == arguments["num_tasks"]
@@ -148,15 +183,22 @@ class Run:
         if any(arguments.get(name) != self.arguments[name] for name in PROTOCOL):
             self.random_rows = {}
         if self.saved["data"] != self.data:
-            raise RunError(f"{self.folder} was trained on other data, or on another split of it: the files have changed since")
+            raise RunError(
+                f"{self.folder} was trained on other data, or on another split of it: the files have changed "
+                "since"
+            )
 
     def check_split(self, indices):
-        """Writes split.pt: for each task the indices of its images; raises RunError where the one of this run is another."""
+        """Writes split.pt: for each task the indices of its images; raises RunError where the one of this run
+        is another."""
         path = self.folder / SPLIT
         if self.resumed and path.exists():
             saved = checkpoint.load(path)
             if len(saved) != len(indices) or not all(torch.equal(a, b) for a, b in zip(saved, indices)):
-                raise RunError(f"{path} is not the split that these flags and data give: has a file been copied into the folder?")
+                raise RunError(
+                    f"{path} is not the split that these flags and data give: has a file been copied into "
+                    "the folder?"
+                )
         else:
             checkpoint.save(path, indices)
 
@@ -174,11 +216,13 @@ class Run:
         return time.monotonic() - self.last_save >= self.every
 
     def saving_is_cheap(self):
-        """Whether it took under a tenth of the time so far, so that one more at an epoch's end does no harm."""
+        """Whether it took under a tenth of the time so far, so that one more at an epoch's end does no
+        harm."""
         return self.seconds_saving < 0.1 * (time.monotonic() - self.started)
 
     def check_finite(self, meter, learner=None):
-        """Raises RunError if a loss of the epoch, or a weight of the learner, is not finite. Waits for the device."""
+        """Raises RunError if a loss of the epoch, or a weight of the learner, is not finite. Waits for the
+        device."""
         step = meter.first_bad_step()
         if step < 0 and learner is not None:
             norms = torch.stack(torch._foreach_norm(list(learner.parameters())))
@@ -187,7 +231,9 @@ class Run:
             kept = self.folder / checkpoint.LAST
             good = f"the last good checkpoint is {kept}" if kept.exists() else "there is no checkpoint yet"
             advice = "start a run in another --out_dir with a lower --lr or with --precision fp32"
-            raise RunError(f"the loss or a weight is not finite at step {step}, task {self.task}: {advice}; {good}")
+            raise RunError(
+                f"the loss or a weight is not finite at step {step}, task {self.task}: {advice}; {good}"
+            )
 
     def save(self, **parts):
         """Writes last.pt with the state of every part; the one before it becomes last.prev.pt."""
@@ -202,18 +248,25 @@ class Run:
         self.seconds_saving += self.last_save - before
 
     def publish(self, name, block, monitors, title):
-        """After an evaluation: its row in the logs, results.json, the matrix as accuracy_matrix.png and in TensorBoard.
+        """After an evaluation: its row in the logs, results.json, the matrix as accuracy_matrix.png and in
+        TensorBoard.
 
         name: of the protocol, "" for that of --eval.
         """
         if not self.main:
             return
-        scores = {name: block[name] for name in ("average_accuracy", "forgetting", "forward_transfer", "plasticity")}
+        scores = {
+            name: block[name] for name in ("average_accuracy", "forgetting", "forward_transfer", "plasticity")
+        }
         values = {**scores, **monitors, "row": block["matrix"][-1]}
-        self.log.metrics(f"eval_{name}".rstrip("_"), self.global_step, values, task=self.task, protocol=block["protocol"])
+        self.log.metrics(
+            f"eval_{name}".rstrip("_"), self.global_step, values, task=self.task, protocol=block["protocol"]
+        )
         names = self.data["tasks"] if self.arguments["scenario"] == "domain" else None
         protocol = block["protocol"].split(":")[0]
-        figure = plot_matrix(block["matrix"], f"{title}\n{protocol}, A = {scores['average_accuracy']:.2f} %", names)
+        figure = plot_matrix(
+            block["matrix"], f"{title}\n{protocol}, A = {scores['average_accuracy']:.2f} %", names
+        )
         picture = f"accuracy_matrix_{name}".rstrip("_")
         self.log.figure(picture, figure, self.global_step)
         figure.savefig(self.folder / f"{picture}.png")
@@ -223,7 +276,8 @@ class Run:
 
 
 class Stopped(BaseException):
-    """A signal asked the run to leave; its name is the argument. Like KeyboardInterrupt no Exception: nothing else catches it."""
+    """A signal asked the run to leave; its name is the argument. Like KeyboardInterrupt no Exception: nothing
+    else catches it."""
 
 
 def ignore_signals():
@@ -233,7 +287,8 @@ def ignore_signals():
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1 and Ctrl-C ask the run to leave: at once, or, while steps are deferred, when the loop has saved."""
+    """SIGTERM, SIGUSR1 and Ctrl-C ask the run to leave: at once, or, while steps are deferred, when the loop
+    has saved."""
 
     def __init__(self):
         self.signal, self.deferring = None, False
