@@ -36,8 +36,9 @@ from data.loader import (
 from data.scenarios import DEFAULT_TASKS, SCENARIOS, plan
 from data.stream import TIMEOUT, Crops, Stream, StreamLoader, close_all, evaluation_stream
 from losses import METHODS, REGULARIZERS
-from losses.base import Learner, MethodError
+from losses.base import MethodError
 from models import BACKBONES, STEMS, build_backbone
+from models.learner import Learner
 from models.online import OnlineProbe
 from utils import RunError, checkpoint, distributed, evaluate
 from utils.arguments import Parser
@@ -158,7 +159,7 @@ def parse_arguments(argv=None):
                                                                                     "over all classes that "
         "learns beside the network, as in the papers' CIFAR tables. clean: changes nothing of the training; "
         "released: as in the "
-        "papers' code, its images pass through the backbone (and that of the momentum network, where there "
+        "papers' code, its images pass through the backbone (and that of the momentum encoder, where there "
         "is one) in training "
         "mode, so that running statistics see all classes, later ones too")  # fmt: skip
     add(
@@ -178,7 +179,7 @@ def parse_arguments(argv=None):
     chosen = parser.peek(argv, "--method", "--regularizer")
     for name, registry in zip(chosen, (METHODS, REGULARIZERS)):
         if name in registry:
-            registry[name].add_arguments(parser.add_argument_group(name))
+            registry[name].add_arguments(parser.add_argument_group(name).add_argument)
     args = parser.parse_args(argv)
     method = METHODS[args.method]
     REGULARIZERS[args.regularizer].resolve(args)
@@ -217,7 +218,7 @@ def main(args):
 
     def report(kind, values):
         """A line of metrics, with what is worth watching beside the losses; on the terminal the speed too."""
-        z = out.z[0].detach()
+        z = student.z[0].detach()
         values = {
             **values,
             "lr": lr,
@@ -246,7 +247,7 @@ def main(args):
     for task in range(run.task, args.num_tasks):
         loader, epochs = loaders[task], 0 if task == 0 and args.init_from else args.epochs
         torch.manual_seed(generator(args.seed, task).initial_seed())
-        learner.begin_task(task, device)
+        learner.begin_task(task, device, loader)
         optimizer, meter = build_optimizer(args, learner), Meter(device)
         scaler = GradScaler(device.type, enabled=args.precision == "fp16")
         parts = {"learner": learner, "optimizer": optimizer, "scaler": scaler, "meter": meter}
@@ -267,19 +268,20 @@ def main(args):
                 batches = zip(loader.epoch(epoch, run.step), labelled)
                 for (view1, view2), labelled_batch in clock.watch(batches, args.batch_size):
                     lr = set_lr(optimizer, args, epoch, run.step, loader.steps)
-                    loss, terms, out, old = model(view1, view2, labelled_batch)
+                    loss, terms, student, teacher = model(view1, view2, labelled_batch)
                     scaler.scale(loss).backward()
                     scaler.unscale_(optimizer)  # LARS weighs the true gradient against the weight
+                    learner.regularizer.before_step(method)
                     scaler.step(optimizer)
                     scaler.update()
                     optimizer.zero_grad(set_to_none=True)
-                    learner.after_step(out, old, progress.share)
+                    learner.after_step(student, teacher, progress.share)
 
                     meter.add(terms, run.global_step)
                     progress.step()
                     run.step, run.global_step = run.step + 1, run.global_step + 1
                     if epoch == 0 and run.step == 1:
-                        run.start_std = spread(out.z[0])
+                        run.start_std = spread(student.z[0])
                         run.log.views(run.global_step, (view1, view2), train.mean, train.std)
                     if run.global_step % args.log_every == 0:
                         run.check_finite(meter)
@@ -566,9 +568,9 @@ def print_settings(args, process, train, tasks, loaders, learner, run):
         ]
         if args.online_probe == "released":
             where += (
-                ", and the momentum network's"
+                ", and the momentum encoder's"
                 if learner.method.ema
-                else f" ({args.method} has no momentum network)"
+                else f" ({args.method} has no momentum encoder)"
             )
         print(
             f"online probe, lr {args.online_lr:g}: labelled images of all tasks pass through {where}",

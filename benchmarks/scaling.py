@@ -297,7 +297,7 @@ def measure(args, rank=0, world=1):
         optimizer.step()
         learner.after_step(out, old, 0.5)
         process.agree(False, True)
-    twin = getattr(method, "twin", torch.nn.Module())
+    twin = getattr(method, "momentum_encoder", torch.nn.Module())
     teacher, g = (getattr(regularizer, name, None) or torch.nn.Module() for name in ("teacher", "predictor"))
     queues = [module for module in learner.modules() if isinstance(module, Queue)]
     dictionary = [b for name, b in method.named_buffers() if name == "dictionary"]

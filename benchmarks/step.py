@@ -58,14 +58,14 @@ class Trial:
         self.views = (pair for epoch in range(10**6) for pair in loader.epoch(epoch))
 
     def step(self):
-        loss, _, out, old = self.model(*next(self.views))
+        loss, _, student, teacher = self.model(*next(self.views))
         loss.backward()
-        self.update(out, old)
+        self.update(student, teacher)
 
-    def update(self, out, old):
+    def update(self, student, teacher):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.learner.after_step(out, old, 0.5)
+        self.learner.after_step(student, teacher, 0.5)
 
     def parts(self):
         """Seconds of each part of a step."""
@@ -84,15 +84,15 @@ class Trial:
 
         views = timed("data", lambda: next(self.views))
         momentum, _ = seconds(self.device, lambda: cast(lambda: method.momentum_outputs(views)))
-        out = timed("forward student", lambda: cast(lambda: method(views))).of_all_ranks()
+        student = timed("forward student", lambda: cast(lambda: method(views))).of_all_ranks()
         times["forward student"] -= momentum
         times["forward momentum"] = momentum
-        old = timed("forward teacher", lambda: cast(lambda: regularizer.teach(views)))
-        pred = timed("forward predictor", lambda: cast(lambda: regularizer.predict(method, out)))
-        old, pred = (None if o is None else o.of_all_ranks() for o in (old, pred))
-        loss = timed("loss", lambda: sum(regularizer.losses(method, out, pred, old).values()))
+        teacher = timed("forward teacher", lambda: cast(lambda: regularizer.teach(views)))
+        predicted = timed("forward predictor", lambda: cast(lambda: regularizer.predict(method, student)))
+        teacher, predicted = (None if x is None else x.of_all_ranks() for x in (teacher, predicted))
+        loss = timed("loss", lambda: sum(regularizer.losses(method, student, predicted, teacher).values()))
         timed("backward", loss.backward)
-        timed("optimiser, EMA, queues", lambda: self.update(out, old))
+        timed("optimiser, EMA, queues", lambda: self.update(student, teacher))
         return times
 
 

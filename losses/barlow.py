@@ -2,7 +2,7 @@
 
 import torch.nn.functional as F
 
-from losses.base import NonContrastive, over_views
+from losses.base import Method, over_views
 from models.heads import deep_mlp
 
 
@@ -20,28 +20,18 @@ def negative_cosine(a, b):
     return -F.cosine_similarity(a, b, dim=1).mean()
 
 
-class BarlowTwins(NonContrastive):
+class BarlowTwins(Method):
     """The cross-correlation of the two views' projections is drawn to the identity."""
 
-    lr, weight_decay, probe_lr = 0.4, 1e-4, 0.1
+    lr, weight_decay, probe_lr, online_lr = 0.4, 1e-4, 0.1, 0.1
 
     @staticmethod
-    def add_arguments(parser):
-        parser.add_argument(
-            "--barlow_hidden", type="count", default=2048, help="hidden width of the projector"
-        )
-        parser.add_argument(
-            "--barlow_dim", type="count", default=2048, help="output dimension of the projector"
-        )
-        parser.add_argument(
-            "--barlow_lambda", type="weight", default=5e-3, help="weight of the off-diagonal entries"
-        )
-        parser.add_argument(
-            "--barlow_scale_loss", type="positive", default=0.1, help="factor of the whole loss"
-        )
-        parser.add_argument(
-            "--barlow_lambda_neg", type="weight", default=1.0, help="weight of PNR's pseudo-negatives"
-        )
+    def add_arguments(add):
+        add("--barlow_hidden", type="count", default=2048, help="hidden width of the projector")
+        add("--barlow_dim", type="count", default=2048, help="output dimension of the projector")
+        add("--barlow_lambda", type="weight", default=5e-3, help="weight of the off-diagonal entries")
+        add("--barlow_scale_loss", type="positive", default=0.1, help="factor of the whole loss")
+        add("--barlow_lambda_neg", type="weight", default=1.0, help="weight of PNR's pseudo-negatives")
 
     def __init__(self, backbone, args):
         super().__init__(backbone)
@@ -52,11 +42,11 @@ class BarlowTwins(NonContrastive):
     def loss(self, a, b):
         return barlow_loss(a, b, self.lambda_off, self.scale)
 
-    def ssl(self, out, negatives=None):
-        return self.loss(*out.z)
+    def ssl(self, student, negatives=None):
+        return self.loss(*student.z)
 
-    def distill(self, pred, teacher):
-        return over_views(self.loss, pred.z, teacher.z)
+    def distill(self, predicted, teacher):
+        return over_views(self.loss, predicted.z, teacher.z)
 
-    def repel(self, pred, teacher):
-        return over_views(negative_cosine, pred.z, teacher.z[::-1])
+    def repel(self, predicted, teacher):
+        return over_views(negative_cosine, predicted.z, teacher.z[::-1])

@@ -1,33 +1,28 @@
 """CaSSLe (Fini et al., CVPR 2022): a predictor of the present features is drawn to the frozen network of the
 previous task."""
 
-from losses.base import Outputs, Regularizer
+from losses.base import Regularizer
+from models.frozen import Teacher
 from models.heads import mlp
-from models.twins import Teacher
+from models.learner import Outputs
 
 
 class CaSSLe(Regularizer):
     """L = L_SSL + weight * distill(p, f), from the second task on; p = g(z), f = the teacher's z."""
 
     @staticmethod
-    def add_teacher_arguments(parser):
+    def add_teacher_arguments(add):
         """The flags of every regulariser with a teacher."""
-        parser.add_argument(
-            "--predictor_hidden", type="count", default=2048, help="hidden width of the predictor g"
-        )
-        parser.add_argument("--teacher_bn", choices=("auto", "eval", "batch"), default="auto",
-                            help="what the frozen teacher's batch norms use: its running statistics, or each "
-                                 "batch's own (the "
-                            "running statistics never change); auto, as released: eval for pnr on ImageNet "
-                            "and DomainNet, else "
-                            "batch")  # fmt: skip
+        add("--predictor_hidden", type="count", default=2048, help="hidden width of the predictor g")
+        add("--teacher_bn", choices=("auto", "eval", "batch"), default="auto",
+            help="what the frozen teacher's batch norms use: its running statistics, or each batch's "
+            "own (the running statistics never change); auto, as released: eval for pnr on ImageNet and "
+            "DomainNet, else batch")  # fmt: skip
 
     @staticmethod
-    def add_arguments(parser):
-        CaSSLe.add_teacher_arguments(parser)
-        parser.add_argument(
-            "--cassle_weight", type="weight", default=1.0, help="weight of the distillation term"
-        )
+    def add_arguments(add):
+        CaSSLe.add_teacher_arguments(add)
+        add("--cassle_weight", type="weight", default=1.0, help="weight of the distillation term")
 
     @staticmethod
     def resolve(args):
@@ -39,9 +34,9 @@ class CaSSLe(Regularizer):
         super().__init__(args)
         self.args, self.teacher, self.predictor = args, None, None
 
-    def begin_task(self, task, method):
-        """The student becomes the teacher; the predictor is made for the second task and goes on learning in
-        later ones."""
+    def begin_task(self, task, method, loader):
+        """The student becomes the teacher; g is made for the second task and goes on learning in later
+        ones."""
         if task == 0:
             return
         self.teacher = Teacher(method.backbone, method.projector, self.args.teacher_bn)
@@ -51,15 +46,13 @@ class CaSSLe(Regularizer):
     def teach(self, views):
         return None if self.teacher is None else Outputs(z=[self.teacher(view) for view in views])
 
-    def predict(self, method, out):
-        return (
-            None
-            if self.teacher is None
-            else Outputs(z=[self.predictor(method.predictor_input(z)) for z in out.z])
-        )
+    def predict(self, method, student):
+        if self.teacher is None:
+            return None
+        return Outputs(z=[self.predictor(method.predictor_input(z)) for z in student.z])
 
-    def losses(self, method, out, pred, old):
-        terms = {"ssl": method.ssl(out)}
-        if old is not None:
-            terms["distill"] = self.args.cassle_weight * method.distill(pred, old)
+    def losses(self, method, student, predicted, teacher):
+        terms = {"ssl": method.ssl(student)}
+        if teacher is not None:
+            terms["distill"] = self.args.cassle_weight * method.distill(predicted, teacher)
         return terms

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import nn
 
-from losses.base import MethodError, NonContrastive, over_views
+from losses.base import Method, MethodError, over_views
 
 
 def cross_entropy(log_p, log_q):
@@ -33,37 +33,27 @@ def falcon_loss(logits1, logits2, beta, prior="reverse"):
     return sum(prior_matching(x, prior) for x in log_p) / 2 + beta * consistency
 
 
-class FALCON(NonContrastive):
+class FALCON(Method):
     """Projections are read against a fixed dictionary of random signs; the codes are consistent and used
     evenly."""
 
-    lr, weight_decay, probe_lr = 1e-3, 1e-4, 0.1  # lr 2.5e-4 at the recipe's batch of 64
-    optimizer = "adam"
-    lr_schedule, warmup_start_lr = "step", 3e-5
+    lr, weight_decay, probe_lr, online_lr = 1e-3, 1e-4, 0.1, 0.1  # lr 2.5e-4 at the recipe's batch of 64
+    optimizer, lr_schedule, warmup_start_lr = "adam", "step", 3e-5
 
     @staticmethod
-    def add_arguments(parser):
-        parser.add_argument(
-            "--falcon_dim", type="count", default=2048, help="f, output dimension of the projector"
-        )
-        parser.add_argument(
-            "--falcon_codes", type="count", default=16384, help="c, columns of the dictionary"
-        )
-        parser.add_argument(
-            "--falcon_beta", type="weight", default=1.0, help="weight of the consistency of the views"
-        )
-        parser.add_argument("--falcon_prior", choices=("reverse", "forward"), default="reverse",
-                            help="divergence of mean code and uniform prior; reverse as "
-                                 "released")  # fmt: skip
-        parser.add_argument(
+    def add_arguments(add):
+        add("--falcon_dim", type="count", default=2048, help="f, output dimension of the projector")
+        add("--falcon_codes", type="count", default=16384, help="c, columns of the dictionary")
+        add("--falcon_beta", type="weight", default=1.0, help="weight of the consistency of the views")
+        add("--falcon_prior", choices=("reverse", "forward"), default="reverse",
+            help="divergence of mean code and uniform prior; reverse as released")  # fmt: skip
+        add(
             "--falcon_epsilon",
             type="positive",
             default=1e-8,
             help="eps of the temperature; codes get sharper below",
         )
-        parser.add_argument(
-            "--falcon_lambda_neg", type="weight", default=0.1, help="weight of PNR's pseudo-negatives"
-        )
+        add("--falcon_lambda_neg", type="weight", default=0.1, help="weight of PNR's pseudo-negatives")
 
     def __init__(self, backbone, args):
         super().__init__(backbone)
@@ -98,23 +88,19 @@ class FALCON(NonContrastive):
         self.projector.train(training)
         return codes, self.dictionary.shape[1]
 
-    def ssl(self, out, negatives=None):
-        return falcon_loss(self.logits(out.z[0]), self.logits(out.z[1]), self.beta, self.prior)
+    def ssl(self, student, negatives=None):
+        return falcon_loss(self.logits(student.z[0]), self.logits(student.z[1]), self.beta, self.prior)
 
-    def log_codes(self, z):
-        """ln softmax(a) of each view, a list of [N, c]."""
-        return [self.logits(x).log_softmax(dim=1) for x in z]
+    def log_codes(self, out):
+        """ln softmax(a) of each view, a list of [N, c]; computed once for both terms."""
+        if out.codes is None:
+            out.codes = [self.logits(z).log_softmax(dim=1) for z in out.z]
+        return out.codes
 
-    def distill(self, pred, teacher):
-        return self.align(pred, teacher)
+    def distill(self, predicted, teacher):
+        """Cross-entropy of the teacher's codes with the predicted ones."""
+        return over_views(cross_entropy, self.log_codes(teacher), self.log_codes(predicted))
 
-    def align(self, pred, teacher, negatives=None):
-        """Cross-entropy of the teacher's codes with the predicted ones, minus lambda_neg x that with the
-        other view's codes."""
-        p, f = self.log_codes(pred.z), self.log_codes(teacher.z)
-        attract = over_views(cross_entropy, f, p)
-        return (
-            attract
-            if negatives is None
-            else attract - self.lambda_neg * over_views(cross_entropy, f[::-1], p)
-        )
+    def repel(self, predicted, teacher):
+        """The same with the teacher's codes of the other view."""
+        return over_views(cross_entropy, self.log_codes(teacher)[::-1], self.log_codes(predicted))

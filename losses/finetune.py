@@ -4,5 +4,5 @@ from losses.base import Regularizer
 
 
 class Finetune(Regularizer):
-    def losses(self, method, out, pred, old):
-        return {"ssl": method.ssl(out)}
+    def losses(self, method, student, predicted, teacher):
+        return {"ssl": method.ssl(student)}

@@ -3,26 +3,28 @@ other's loss."""
 
 from dataclasses import replace
 
-from losses.base import MethodError, NonContrastive
+from losses.base import MethodError
 from losses.cassle import CaSSLe
 from models.heads import Queue
 
 
 class PNR(CaSSLe):
-    """L = ssl(z, pseudo-negatives of the teacher) + align(p, f, pseudo-negatives of the student), from the
-    second task on.
+    """From the second task on, with p = g(z) and f the teacher's z, one of two forms (docs/METHODS.md,
+    section 4):
+
+    contrastive   ssl(z, pseudo-negatives of the teacher) + align(p, f, pseudo-negatives of the student)
+    others        ssl(z) + distill(p, f) - lambda_neg x repel(p, f), f there that of the other view
 
     Where the method keeps a queue, the teacher gets one of its size: random rows in the second task, then
     carried on.
     """
 
     @staticmethod
-    def add_arguments(parser):
-        CaSSLe.add_teacher_arguments(parser)
-        parser.add_argument("--pnr_pseudo_negatives", choices=("both", "main", "reg", "none"), default="both",
-                            help="the paper's ablation: teacher features in the main loss only, student "
-                                 "features in the "
-                            "regularisation only, both, or none")  # fmt: skip
+    def add_arguments(add):
+        CaSSLe.add_teacher_arguments(add)
+        add("--pnr_pseudo_negatives", choices=("both", "main", "reg", "none"), default="both",
+            help="the paper's ablation: teacher features in the main loss only, student features in the "
+            "regularisation only, both, or none")  # fmt: skip
 
     @staticmethod
     def resolve(args):
@@ -38,29 +40,33 @@ class PNR(CaSSLe):
         self.in_reg = args.pnr_pseudo_negatives in ("both", "reg")
 
     def check(self, method):
-        if isinstance(method, NonContrastive) and self.in_main != self.in_reg:
+        if not method.contrastive and self.in_main != self.in_reg:
             raise MethodError(
-                "--pnr_pseudo_negatives main and reg are for simclr and moco: use both or none with other "
-                "methods"
+                "--pnr_pseudo_negatives main and reg are for contrastive methods: use both or none"
             )
 
-    def begin_task(self, task, method):
-        super().begin_task(task, method)
+    def begin_task(self, task, method, loader):
+        super().begin_task(task, method, loader)
         if task > 0 and self.queue is None and hasattr(method, "queue"):
             self.queue = Queue(method.queue.rows.shape[1], method.dim)
 
     def teach(self, views):
-        old = super().teach(views)
-        return old if old is None or self.queue is None else replace(old, queue=self.queue.rows)
+        teacher = super().teach(views)
+        return teacher if teacher is None or self.queue is None else replace(teacher, queue=self.queue.rows)
 
-    def losses(self, method, out, pred, old):
-        if old is None:
-            return {"ssl": method.ssl(out)}
-        return {
-            "ssl": method.ssl(out, negatives=old if self.in_main else None),
-            "align": method.align(pred, old, negatives=out if self.in_reg else None),
-        }
+    def losses(self, method, student, predicted, teacher):
+        if teacher is None:
+            return {"ssl": method.ssl(student)}
+        if method.contrastive:
+            return {
+                "ssl": method.ssl(student, negatives=teacher if self.in_main else None),
+                "align": method.align(predicted, teacher, negatives=student if self.in_reg else None),
+            }
+        terms = {"ssl": method.ssl(student), "distill": method.distill(predicted, teacher)}
+        if self.in_reg:
+            terms["pseudo_negatives"] = -method.lambda_neg * method.repel(predicted, teacher)
+        return terms
 
-    def after_step(self, old):
-        if old is not None and self.queue is not None:
-            self.queue.enqueue(*old.z)
+    def after_step(self, teacher):
+        if teacher is not None and self.queue is not None:
+            self.queue.enqueue(*teacher.z)

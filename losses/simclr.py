@@ -12,18 +12,15 @@ class SimCLR(Method):
     """NT-Xent: of the 2N projections of both views, each is drawn to its other view and away from all the
     others."""
 
-    lr, weight_decay, probe_lr = 0.6, 1e-4, 1.0
+    lr, weight_decay, probe_lr, online_lr = 0.6, 1e-4, 1.0, 0.1
+    contrastive = True
 
     @staticmethod
-    def add_arguments(parser):
-        parser.add_argument(
-            "--simclr_hidden", type="count", default=2048, help="hidden width of the projector"
-        )
-        parser.add_argument(
-            "--simclr_dim", type="count", default=128, help="output dimension of the projector"
-        )
-        parser.add_argument("--simclr_tau", type="positive", default=0.2, help="temperature of the SSL loss")
-        parser.add_argument(
+    def add_arguments(add):
+        add("--simclr_hidden", type="count", default=2048, help="hidden width of the projector")
+        add("--simclr_dim", type="count", default=128, help="output dimension of the projector")
+        add("--simclr_tau", type="positive", default=0.2, help="temperature of the SSL loss")
+        add(
             "--simclr_tau_distill", type="positive", default=0.2, help="temperature tau_d with CaSSLe and PNR"
         )
 
@@ -32,29 +29,27 @@ class SimCLR(Method):
         self.dim, self.tau, self.tau_d = args.simclr_dim, args.simclr_tau, args.simclr_tau_distill
         self.projector = mlp(backbone.feature_dim, args.simclr_hidden, self.dim)
 
-    def ssl(self, out, negatives=None):
+    def ssl(self, student, negatives=None):
         """mean_i -z_i.z_j/tau + ln sum_{k != i} e^(z_i.z_k/tau), j the other view of i; with pseudo-negatives
         the sum gains sum_{k != i} e^(z_i.f_k/tau), and tau is tau_d. The teacher's f_j is a negative too, as
-        in the released code."""
+        released."""
         tau = self.tau if negatives is None else self.tau_d
-        z = F.normalize(torch.cat(out.z), dim=1)  # 2N x D
+        z = F.normalize(torch.cat(student.z), dim=1)  # 2N x D
         total = lse_of_others(z, z, tau)
         if negatives is not None:
             total = torch.logaddexp(total, lse_of_others(z, F.normalize(torch.cat(negatives.z), dim=1), tau))
         other_view = z.roll(len(z) // 2, dims=0)
         return (total - (z * other_view).sum(dim=1) / tau).mean()
 
-    def distill(self, pred, teacher):
-        return contrastive_distillation(pred.z, teacher.z, self.tau_d)
+    def distill(self, predicted, teacher):
+        return contrastive_distillation(predicted.z, teacher.z, self.tau_d)
 
-    def align(self, pred, teacher, negatives=None):
+    def align(self, predicted, teacher, negatives=None):
         """mean_i -p_i.f_i/tau_d + ln [sum_{k != i} e^(p_i.f_k/tau_d) + sum_{k != i} e^(p_i.z_k/tau_d)], the
-        second sum only with pseudo-negatives. The positive is not in its own denominator, as in the released
-        code."""
-        p, f = (F.normalize(torch.cat(views), dim=1) for views in (pred.z, teacher.z))
+        second sum only with pseudo-negatives. The positive is not in its own denominator, as released."""
+        p, f = (F.normalize(torch.cat(views), dim=1) for views in (predicted.z, teacher.z))
         total = lse_of_others(p, f, self.tau_d)
         if negatives is not None:
-            total = torch.logaddexp(
-                total, lse_of_others(p, F.normalize(torch.cat(negatives.z), dim=1), self.tau_d)
-            )
+            z = F.normalize(torch.cat(negatives.z), dim=1)
+            total = torch.logaddexp(total, lse_of_others(p, z, self.tau_d))
         return (total - (p * f).sum(dim=1) / self.tau_d).mean()

@@ -13,7 +13,7 @@ class OnlineProbe(nn.Module):
 
     mode: in which the labelled images pass through the backbone. "clean", eval mode: the network is trained
     as without the probe. "released", as in the released PNR and CaSSLe code: training mode, also through the
-    momentum network where the method has one, so that the running statistics of both see the classes of all
+    momentum encoder where the method has one, so that the running statistics of both see the classes of all
     tasks, later ones too.
     """
 
@@ -26,7 +26,7 @@ class OnlineProbe(nn.Module):
         """Of images [N, 3, S, S]: [N, F]."""
         if self.mode == "released":
             if method.ema is not None:
-                method.twin["backbone"](images)  # for its running statistics
+                method.momentum_encoder["backbone"](images)  # for its running statistics
             return method.backbone(images)
         method.backbone.eval()
         features = method.backbone(images)

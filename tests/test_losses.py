@@ -10,12 +10,12 @@ from conftest import arguments, tiny
 import main_cssl
 from losses import METHODS, REGULARIZERS
 from losses.barlow import barlow_loss
-from losses.base import Outputs
 from losses.byol import cosine_distance
 from losses.contrastive import contrastive_distillation, info_nce
 from losses.falcon import falcon_loss
 from losses.vicreg import covariance_loss, variance_loss
 from models import build_backbone
+from models.learner import Outputs
 from utils.distributed import Process
 
 CPU = Process(torch.device("cpu"))
@@ -180,8 +180,8 @@ def test_finite_in_bf16(method, regularizer, norm):
 @pytest.mark.parametrize("regularizer", REGULARIZERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_go_where_they_must(method, regularizer):
-    """None into teacher, twin, dictionary or queues; the predictor learns from the alignment alone, the
-    student from both."""
+    """None into teacher, momentum encoder, dictionary or queues; the predictor learns from the alignment
+    alone, the student from both."""
     args = arguments(f"--precision fp32 --regularizer {regularizer} --batch_size 8", method)
     args.stem = "cifar"
     learner = main_cssl.build_learner(args, CPU)
@@ -203,6 +203,6 @@ def test_gradients_go_where_they_must(method, regularizer):
         )
     loss.backward()
     for name, p in learner.named_parameters():
-        frozen = "teacher" in name or name.startswith("method.twin.")
+        frozen = "teacher" in name or name.startswith("method.momentum_encoder.")
         assert p.requires_grad != frozen and (p.grad is None) == frozen, name
     assert not any(name.endswith(("dictionary", "queue.rows")) for name, _ in learner.named_parameters())

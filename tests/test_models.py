@@ -1,4 +1,4 @@
-"""Backbones, the queue, the twins, and the layouts of checkpoints."""
+"""Backbones, the queue, frozen copies, and the layouts of checkpoints."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from conftest import arguments
 import main_cssl
 from losses import METHODS
 from models import BACKBONES, build_backbone
+from models.frozen import Teacher, ema_update
 from models.heads import Queue
-from models.twins import Teacher, ema_update
 from utils import checkpoint
 from utils.distributed import Process
 
@@ -58,10 +58,12 @@ def test_queue_is_first_in_first_out():
 
 
 def test_ema_update():
-    twin, online = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
-    expected = [0.9 * t.detach() + 0.1 * o.detach() for t, o in zip(twin.parameters(), online.parameters())]
-    ema_update(twin, online, 0.9)
-    for got, want in zip(twin.parameters(), expected):
+    momentum, online = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    expected = [
+        0.9 * t.detach() + 0.1 * o.detach() for t, o in zip(momentum.parameters(), online.parameters())
+    ]
+    ema_update(momentum, online, 0.9)
+    for got, want in zip(momentum.parameters(), expected):
         torch.testing.assert_close(got.detach(), want)
 
 
@@ -118,16 +120,16 @@ def build_moco():
 
 @pytest.mark.parametrize("layout", ["cassle", "solo-learn", "moco", "torchvision"])
 def test_foreign_layouts(layout, tmp_path):
-    """The same network under other projects' names gives the same backbone, projector, twin, and queue of the
-    same form."""
+    """The same network under other projects' names gives the same backbone, projector, momentum encoder, and
+    queue of the same form."""
     source, method = build_moco(), build_moco()
     with torch.no_grad():
         for p in source.parameters():
             p.add_(0.1 * torch.randn_like(p))
     backbone, projector = source.backbone.state_dict(), source.projector.state_dict()
-    twin_backbone, twin_projector = (
-        source.twin["backbone"].state_dict(),
-        source.twin["projector"].state_dict(),
+    momentum_backbone, momentum_projector = (
+        source.momentum_encoder["backbone"].state_dict(),
+        source.momentum_encoder["projector"].state_dict(),
     )
 
     def named(prefix, state):
@@ -138,12 +140,16 @@ def test_foreign_layouts(layout, tmp_path):
     if layout in ("cassle", "solo-learn"):
         part = "encoder" if layout == "cassle" else "backbone"
         state = named(f"{part}.", backbone) | named("projector.", projector)
-        state |= named(f"momentum_{part}.", twin_backbone) | named("momentum_projector.", twin_projector)
+        state |= named(f"momentum_{part}.", momentum_backbone) | named(
+            "momentum_projector.", momentum_projector
+        )
         state |= {"queue": rows, "queue_ptr": torch.tensor([7])}
         content = {"state_dict": state | {"classifier.weight": torch.ones(10, 32)}, "epoch": 3}
     elif layout == "moco":
         state = named("module.encoder_q.", backbone) | named("module.encoder_q.fc.", projector)
-        state |= named("module.encoder_k.", twin_backbone) | named("module.encoder_k.fc.", twin_projector)
+        state |= named("module.encoder_k.", momentum_backbone) | named(
+            "module.encoder_k.fc.", momentum_projector
+        )
         content = {"state_dict": state | {"module.queue": torch.ones(16, 64)}, "arch": "resnet10"}
     else:
         content = dict(backbone) | {"fc.weight": torch.ones(10, 32), "fc.bias": torch.ones(10)}
@@ -154,7 +160,9 @@ def test_foreign_layouts(layout, tmp_path):
         return
     note = checkpoint.load_method(method, tmp_path / "foreign.pt", "it", [[0, 1]])
     assert note.endswith(
-        "started anew: queue; left out: queue" if layout == "moco" else "queue, twin; left out: classifier"
+        "started anew: queue; left out: queue"
+        if layout == "moco"
+        else "momentum_encoder, projector, queue; left out: classifier"
     )
     for key, value in source.state_dict().items():
         assert torch.equal(method.state_dict()[key], value) or (
@@ -174,6 +182,8 @@ def test_foreign_predictor(tmp_path):
     }
     torch.save({"state_dict": state}, tmp_path / "foreign.pt")
     note = checkpoint.load_method(method, tmp_path / "foreign.pt", "it", [[0, 1]])
-    assert note.endswith("backbone, predictor, projector; started anew: twin (a copy of the student)")
+    assert note.endswith(
+        "backbone, predictor, projector; started anew: momentum_encoder (a copy of the student)"
+    )
     for key, value in source.state_dict().items():
         assert torch.equal(method.state_dict()[key], value), key

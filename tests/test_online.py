@@ -55,7 +55,7 @@ def test_clean_changes_nothing(runs):
 def test_released_changes_running_statistics_alone(runs):
     """Those of the backbone and of the momentum network's; no gradient reaches a weight."""
     for with_probe, without in zip(networks(runs / "released"), networks(runs / "off")):
-        for part, prefix in (("backbone", ""), ("heads", "twin.backbone.")):
+        for part, prefix in (("backbone", ""), ("heads", "momentum_encoder.backbone.")):
             changed = {k for k, v in without[part].items() if not torch.equal(with_probe[part][k], v)}
             statistics = ("running_mean", "running_var", "num_batches_tracked")
             assert changed == {k for k in without[part] if k.startswith(prefix) and k.endswith(statistics)}
@@ -92,14 +92,14 @@ def test_equation(mode):
         for step, ((view1, view2, images), y) in enumerate(zip(views, labels)):
             reference = main_cssl.copy.deepcopy(learner.method)
             reference.backbone(view1), reference.backbone(view2)
-            reference.twin["backbone"](view1), reference.twin["backbone"](view2)
+            reference.momentum_encoder["backbone"](view1), reference.momentum_encoder["backbone"](view2)
             if mode == "released":
-                reference.twin["backbone"](images)
+                reference.momentum_encoder["backbone"](images)
             h = reference.backbone.train(mode == "released")(images).detach()
 
             main_cssl.set_lr(optimizer, args, epoch=step, step=0, steps=4)
-            loss, terms, out, old = learner(view1, view2, (images, y))
-            assert (out.z[0].requires_grad, learner.method.backbone.training) == (True, True)
+            loss, terms, student, teacher = learner(view1, view2, (images, y))
+            assert (student.z[0].requires_grad, learner.method.backbone.training) == (True, True)
             probabilities = (h @ weight.T + bias).softmax(dim=1)
             torch.testing.assert_close(terms["online_loss"], -probabilities[range(12), y].log().mean())
             torch.testing.assert_close(
@@ -112,7 +112,7 @@ def test_equation(mode):
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            learner.after_step(out, old, step / 3)
+            learner.after_step(student, teacher, step / 3)
 
             lr = warmup_cosine(step, 0.3, 60)
             error = (probabilities - F.one_hot(y, 5)) / 12
@@ -209,7 +209,7 @@ def test_without_a_momentum_network(tmp_path, capsys):
         f"{tiny('simclr')} --num_tasks 2 --epochs 1 --eval none --online_probe released --out_dir {tmp_path}"
     )
     assert run(flags) == 0
-    assert "simclr has no momentum network" in capsys.readouterr().out
+    assert "simclr has no momentum encoder" in capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
     assert (
         list(results) == ["online_linear_released"] and len(results["online_linear_released"]["matrix"]) == 2

@@ -1,6 +1,6 @@
-"""Two or three processes compute what one computes: loss, gradients, parameters, queues, EMA twin and running
-statistics after several steps in float64, evaluation bit for bit; and a run may go on with another number of
-them."""
+"""Two or three processes compute what one computes: loss, gradients, parameters, queues, momentum encoder and
+running statistics after several steps in float64, evaluation bit for bit; and a run may go on with another
+number of them."""
 
 import gc
 import json
@@ -76,14 +76,14 @@ def train_backbone(method, regularizer, task, online, rank, world):
     share = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     for step in range(STEPS):
         labelled = None if online == "off" else (images[step, 2, share], labels[share])
-        loss, terms, out, old = model(*images[step, :2, share], labelled)
+        loss, terms, student, teacher = model(*images[step, :2, share], labelled)
         loss.backward()
         gradients = {
             f"gradient of {name}": p.grad.clone() for name, p in learner.named_parameters() if p.requires_grad
         }
         optimizer.step()
         optimizer.zero_grad()
-        learner.after_step(out, old, step / STEPS)
+        learner.after_step(student, teacher, step / STEPS)
     torch.set_default_dtype(torch.float32)
     return {
         "loss": loss.detach(),
@@ -230,8 +230,8 @@ def partial_run(rank, world, port, folder, steps):
         def forward(self, *views):
             return super().forward(*(view.double() for view in views))
 
-        def begin_task(self, task, device):
-            super().begin_task(task, device)
+        def begin_task(self, task, device, loader):
+            super().begin_task(task, device, loader)
             self.double()
 
     def save(self, **parts):

@@ -30,10 +30,12 @@ SHAPES = {
     "warmup_epochs": "--warmup_epochs {}",
     "teacher_bn": "--teacher_bn {}",
 }
+# their names and ours; all others: method.
 PLACES = {
     "g.": "regularizer.predictor.",
     "queue_f.": "regularizer.queue.",
-}  # their names and ours; all others: method.
+    "twin.": "method.momentum_encoder.",
+}
 
 
 class Trajectory:
@@ -118,10 +120,10 @@ def replay(trajectory, folder, monkeypatch):
         """Starts from the released state, and takes from it what a task draws at random; notes how each task
         ends."""
 
-        def begin_task(self, task, device):
+        def begin_task(self, task, device, loader):
             if task > 0:
                 states.append({name: value.clone() for name, value in self.state_dict().items()})
-            super().begin_task(task, device)
+            super().begin_task(task, device, loader)
             self.double()
             released = trajectory.fresh(task) | (trajectory.state("start0", 0) if task == 0 else {})
             _, unknown = self.load_state_dict(released, strict=False)
@@ -168,7 +170,8 @@ def terms(trajectory, task):
     distill = hyper["distill_lamb"] * trajectory.logged("_distill_loss", "_positive_loss")[task]
     if hyper["regularizer"] == "cassle":
         return {"ssl": ssl, "distill": distill}
-    return {"ssl": ssl, "align": distill - hyper["negative_lamb"] * trajectory.logged("_negative_loss")[task]}
+    pseudo_negatives = -hyper["negative_lamb"] * trajectory.logged("_negative_loss")[task]
+    return {"ssl": ssl, "distill": distill, "pseudo_negatives": pseudo_negatives}
 
 
 @pytest.mark.parametrize("path, name", RUNS, ids=[f"{path.stem}:{name}" for path, name in RUNS])
@@ -180,7 +183,8 @@ def test_trajectory(path, name, tmp_path, monkeypatch):
     assert len(rows) == hyper["tasks"] * count and len(states) == hyper["tasks"]
     losses = [row["loss"] for row in rows]
     if hyper["method"] in ("moco", "byol") and hyper["ema_count"] == "pl1.5.4":
-        # under that trainer the first step does not move the EMA twin; under later ones, and here, it does
+        # under that trainer the first step does not move the momentum encoder; under later ones, and here, it
+        # does
         compare("the first loss", losses[0], trajectory["loss"][0, 0])
         assert abs(losses[1] / trajectory["loss"][0, 1] - 1) > 100 * TOLERANCE
         return

@@ -24,22 +24,22 @@ HEADS = {
 LAYOUTS = {
     "encoder_q.": {
         "encoder_q.fc.": "projector.",
-        "encoder_k.fc.": "twin.projector.",
+        "encoder_k.fc.": "momentum_encoder.projector.",
         "encoder_q.": "backbone.",
-        "encoder_k.": "twin.backbone.",
+        "encoder_k.": "momentum_encoder.backbone.",
     },
     "encoder.": {
         "encoder.": "backbone.",
         "projector.": "projector.",
-        "momentum_encoder.": "twin.backbone.",
-        "momentum_projector.": "twin.projector.",
+        "momentum_encoder.": "momentum_encoder.backbone.",
+        "momentum_projector.": "momentum_encoder.projector.",
         **HEADS,
     },
     "backbone.": {
         "backbone.": "backbone.",
         "projector.": "projector.",
-        "momentum_backbone.": "twin.backbone.",
-        "momentum_projector.": "twin.projector.",
+        "momentum_backbone.": "momentum_encoder.backbone.",
+        "momentum_projector.": "momentum_encoder.projector.",
         **HEADS,
     },
     "": {"": "backbone."},
@@ -190,8 +190,8 @@ def load_method(method, path, what, tasks, online=None):
     method has a place for. tasks: the names of this run's tasks; raises RunError if a task0.pt is of others,
     or is no task0.pt.
 
-    Where a checkpoint has no EMA twin, the twin starts as a copy of the student; a predictor or queue it does
-    not have stays random. online: the OnlineProbe, or None; raises RunError if the checkpoint has no
+    Where a checkpoint has no momentum encoder, that starts as a copy of the student; a predictor or queue it
+    does not have stays random. online: the OnlineProbe, or None; raises RunError if the checkpoint has no
     classifier for it. Returns a line that says what became of what.
     """
     network = read_network(path)
@@ -212,8 +212,12 @@ def load_method(method, path, what, tasks, online=None):
         state = {k: v for k, v in state.items() if k in own or k.startswith(needed)}
         for key in own:
             if key not in state and not key.startswith(needed):
-                state[key] = state.get(key.removeprefix("twin."), own[key])
-                fresh.add("twin (a copy of the student)" if key.startswith("twin.") else key.split(".")[0])
+                state[key] = state.get(key.removeprefix("momentum_encoder."), own[key])
+                fresh.add(
+                    "momentum_encoder (a copy of the student)"
+                    if key.startswith("momentum_encoder.")
+                    else key.split(".")[0]
+                )
     load_strictly(method, state, path, what)
     if online is not None:
         load_strictly(online, classifier, path, what)

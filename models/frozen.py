@@ -1,4 +1,4 @@
-"""Copies of the student that no gradient reaches: the momentum (EMA) twin and the frozen teacher."""
+"""Copies of the student that no gradient reaches: the momentum encoder (EMA) and the frozen teacher."""
 
 import copy
 import math
@@ -13,10 +13,10 @@ def frozen_copy(module):
 
 
 @torch.no_grad()
-def ema_update(twin, online, tau):
-    """twin <- tau * twin + (1 - tau) * online, parameters only, in one fused pass; buffers follow the twin's
-    own batches."""
-    torch._foreach_lerp_(list(twin.parameters()), list(online.parameters()), 1 - tau)
+def ema_update(momentum, online, tau):
+    """momentum <- tau * momentum + (1 - tau) * online, parameters only, in one fused pass; running statistics
+    follow the momentum encoder's own batches."""
+    torch._foreach_lerp_(list(momentum.parameters()), list(online.parameters()), 1 - tau)
 
 
 def ema_tau(progress, base, final):
