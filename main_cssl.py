@@ -42,9 +42,7 @@ from models.learner import Learner
 from models.online import OnlineProbe
 from utils import RunError, checkpoint, distributed, evaluate
 from utils.arguments import Parser
-from utils.collapse import collapsed, health, plot_spectrum, spread
-from utils.log import Progress
-from utils.meter import Clock, Meter
+from utils.collapse import collapsed, health, plot_spectrum
 from utils.optim import LARS, warmup_cosine
 from utils.run import Run, Stopped, StopRequest, ignore_signals
 
@@ -199,118 +197,76 @@ def parse_arguments(argv=None):
 
 
 def main(args):
-    process, stop = distributed.start(args.device), StopRequest()
+    stop = StopRequest()
+    process = distributed.start(args.device)
     train, probe, test, tasks = build_data(args, process)
     loaders = build_loaders(args, process, train, tasks)
     labelled_loaders = build_labelled_loaders(args, process, probe, loaders)
     learner = build_learner(args, process, probe)
-    method, device = learner.method, process.device
-    names = f"--method {args.method} --backbone {args.backbone} --width {args.width} --stem {args.stem}"
-    if args.init_from and not checkpoint.exists(args.out_dir):
-        initial = copy.deepcopy(learner)
-        note = checkpoint.load_method(initial.method, args.init_from, names, tasks.names, initial.online)
-    run = Run(vars(args), {"tasks": tasks.names, "digest": train.digest}, tasks.train, process)
-    clock = Clock()
+    initial = load_initial(args, learner, tasks)
+    run = Run(vars(args), {"tasks": tasks.names, "digest": train.digest}, tasks.train, process, stop)
     if process.main:
         print_settings(args, process, train, tasks, loaders, learner, run)
-        if args.init_from and not run.resumed:
-            print(note, flush=True)
-
-    def report(kind, values):
-        """A line of metrics, with what is worth watching beside the losses; on the terminal the speed too."""
-        z = student.z[0].detach()
-        values = {
-            **values,
-            "lr": lr,
-            "ema_tau": method.ema_tau,
-            "feature_std": spread(z),
-            "z_norm": float(z.norm(dim=1).mean()),
-        }
-        run.log.metrics(kind, run.global_step, values, task=task, epoch=epoch)
-        run.log.scalars(
-            "speed", run.global_step, speed := {**clock.read(), "skipped_images": len(loader.skipped)}
-        )
-        progress.say(values["loss"], lr, speed["images_per_second"], speed["data_wait_share"])
-        if values["feature_std"] < run.start_std / 10:
-            fall = f"from {run.start_std:.2g} to {values['feature_std']:.2g} since the task began"
-            progress.warn(f"the spread of the projections (feature_std) fell {fall}, task {task}: they are "
-                          "collapsing; more "
-                          "--warmup_epochs or a lower --lr prevents that")  # fmt: skip
-            run.start_std = 0.0  # said once a task
-
     if args.eval != "none" and not run.matrices and not run.random_rows:
-        tested = frozen_features(args, process, method.backbone, test)
-        run.random_rows = accuracies(args, process, method.backbone, probe, tested, tasks)
-    if args.init_from and not run.resumed:
-        learner.load_state_dict(initial.state_dict())
+        tested = frozen_features(args, process, learner.method.backbone, test)
+        run.random_rows = accuracies(args, process, learner.method.backbone, probe, tested, tasks)
+    if initial is not None:
+        learner.load_state_dict(initial)
 
     for task in range(run.task, args.num_tasks):
         loader, epochs = loaders[task], 0 if task == 0 and args.init_from else args.epochs
         torch.manual_seed(generator(args.seed, task).initial_seed())
-        learner.begin_task(task, device, loader)
-        optimizer, meter = build_optimizer(args, learner), Meter(device)
-        scaler = GradScaler(device.type, enabled=args.precision == "fp16")
-        parts = {"learner": learner, "optimizer": optimizer, "scaler": scaler, "meter": meter}
-        run.restore(**parts)
+        learner.begin_task(task, process.device, loader)
+        optimizer = build_optimizer(args, learner)
+        scaler = GradScaler(process.device.type, enabled=args.precision == "fp16")
+        run.begin_task(task, epochs, loader, learner=learner, optimizer=optimizer, scaler=scaler)
         model = wrap(learner, process, args.compile)
-        clock.restart()
-        progress = Progress(
-            task, args.num_tasks, epochs, loader.steps, run.epoch * loader.steps + run.step, process.main
-        )
-
         with stop.deferred():
             for epoch in range(run.epoch, epochs):
-                labelled = (
-                    repeat(None)
-                    if learner.online is None
-                    else labelled_loaders[task].labelled(probe.labels, epoch, run.step)
-                )
+                labelled = repeat(None)
+                if learner.online is not None:
+                    labelled = labelled_loaders[task].labelled(probe.labels, epoch, run.step)
                 batches = zip(loader.epoch(epoch, run.step), labelled)
-                for (view1, view2), labelled_batch in clock.watch(batches, args.batch_size):
-                    lr = set_lr(optimizer, args, epoch, run.step, loader.steps)
-                    loss, terms, student, teacher = model(view1, view2, labelled_batch)
-                    scaler.scale(loss).backward()
-                    scaler.unscale_(optimizer)  # LARS weighs the true gradient against the weight
-                    learner.regularizer.before_step(method)
-                    scaler.step(optimizer)
-                    scaler.update()
-                    optimizer.zero_grad(set_to_none=True)
-                    learner.after_step(student, teacher, progress.share)
-
-                    meter.add(terms, run.global_step)
-                    progress.step()
-                    run.step, run.global_step = run.step + 1, run.global_step + 1
-                    if epoch == 0 and run.step == 1:
-                        run.start_std = spread(student.z[0])
-                        run.log.views(run.global_step, (view1, view2), train.mean, train.std)
-                    if run.global_step % args.log_every == 0:
-                        run.check_finite(meter)
-                        report("train", meter.latest())
-                    epoch_ends = run.step == loader.steps
-                    leave = process.agree(bool(stop), epoch_ends or run.global_step % 10 == 0)
-                    if not epoch_ends and (leave or run.save_due()):
-                        run.save(**parts)
-                        stop.leave(leave)
-                run.check_finite(meter)
-                report("epoch", meter.means())
-                run.epoch, run.step = epoch + 1, 0
-                if leave or run.epoch == epochs or run.save_due() or run.saving_is_cheap():
-                    run.save(**parts)
-                    stop.leave(leave)
-        progress.close()
+                train_one_epoch(args, run, model, learner, optimizer, scaler, epoch, batches)
         if run.finished == task:  # otherwise the run was interrupted after this evaluation
+            learner.regularizer.end_task(task, learner.method, loader)
             save_network(run, learner)
             if args.eval != "none" or args.online_probe != "off":
                 evaluate_task(args, process, run, learner, probe, test, tasks)
-                if run.collapsed[-1:] == [task]:
-                    progress.warn(COLLAPSED.format(f"task {task}"))
-            run.finished += 1
-            run.save(**parts)
-        run.task, run.epoch, run.step = task + 1, 0, 0
+        run.end_task()
     skipped = process.union(loaders[0].skipped)
     if process.main:
         print_results(run, args, skipped)
     return int(bool(run.collapsed))
+
+
+def train_one_epoch(args, run, model, learner, optimizer, scaler, epoch, batches):
+    """batches: of what is left of the epoch, two views and what the online probe learns from (or None)."""
+    for (view1, view2), labelled in run.clock.watch(batches, args.batch_size):
+        set_lr(optimizer, args, epoch, run.step, run.loader.steps)
+        loss, terms, student, teacher = model(view1, view2, labelled)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)  # LARS weighs the true gradient against the weight
+        learner.regularizer.before_step(learner.method)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        learner.after_step(student, teacher, run.progress.share)
+        run.end_step(terms, student, (view1, view2))
+    run.end_epoch()
+
+
+def load_initial(args, learner, tasks):
+    """The state that a new run starts from, read from --init_from; None where it starts from random weights
+    or is resumed."""
+    if not args.init_from or checkpoint.exists(args.out_dir):
+        return None
+    initial = copy.deepcopy(learner)
+    names = f"--method {args.method} --backbone {args.backbone} --width {args.width} --stem {args.stem}"
+    note = checkpoint.load_method(initial.method, args.init_from, names, tasks.names, initial.online)
+    if distributed.first_to_speak():
+        print(note, flush=True)
+    return initial.state_dict()
 
 
 def build_data(args, process):
@@ -499,9 +455,10 @@ def evaluate_task(args, process, run, learner, probe, test, tasks):
         rows[f"online_linear_{args.online_probe}"] = evaluate.accuracy_row(predictions, labels, tasks.test)
     features = process.gather(tested[0])
     monitors, spectrum = health(features, learner.method.codes(features))
+    run.log.figure("collapse/spectrum", plot_spectrum(spectrum), run.global_step)
     if collapsed(monitors):
         run.collapsed.append(run.task)
-    run.log.figure("collapse/spectrum", plot_spectrum(spectrum), run.global_step)
+        run.progress.warn(COLLAPSED.format(f"task {run.task}"))
     for name, row in rows.items():
         run.matrices.setdefault(name, []).append(row)
     for name, block in blocks(args, run).items():

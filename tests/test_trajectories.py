@@ -114,7 +114,8 @@ def replay(trajectory, folder, monkeypatch):
                 for view1, view2 in views[task, number]
             )
 
-        return SimpleNamespace(steps=hyper["steps"], epoch=epoch, indices=torch.arange(1), skipped=())
+        fixed = {"indices": torch.arange(1), "skipped": (), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+        return SimpleNamespace(steps=hyper["steps"], epoch=epoch, **fixed)
 
     class Learner(main_cssl.Learner):
         """Starts from the released state, and takes from it what a task draws at random; notes how each task

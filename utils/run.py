@@ -18,30 +18,19 @@ import torch
 import torchvision
 
 from utils import RunError, checkpoint
+from utils.collapse import spread
 from utils.evaluate import plot_matrix
-from utils.log import Log
+from utils.log import Log, Progress
+from utils.meter import Clock, Meter
 
 # arguments that may differ when a run is resumed: they change where and how fast it runs, not what it
 # computes
-FREE = {
-    "out_dir",
-    "data_dir",
-    "download",
-    "cache_dir",
-    "device",
-    "compile",
-    "save_every",
-    "log_every",
-    "workers",
-    "skip_corrupt",
-}
-PROTOCOL = {
-    "eval",
-    "probe_lr",
-    "probe_momentum",
-    "probe_views",
-    "probe_data_dir",
-}  # may change until a task is finished
+FREE = set(
+    "out_dir data_dir download cache_dir device compile save_every log_every workers skip_corrupt".split()
+)
+PROTOCOL = set(
+    "eval probe_lr probe_momentum probe_views probe_data_dir".split()
+)  # may change until a task ends
 SPLIT, LOCK = "split.pt", ".lock"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -136,8 +125,9 @@ class Run:
 
     Its counters say where the run is: task, epoch, step (of the epoch), global_step; finished tasks, the
     accuracy matrices so far, and a random backbone's rows, by protocol; feature_std when the task began; the
-    tasks after which features had collapsed. process: only rank 0 writes. data: what identifies images and
-    tasks; indices: of the images of each task, kept in split.pt. Both are compared at resume.
+    tasks after which features had collapsed. process: only rank 0 writes. stop: the StopRequest. data: what
+    identifies images and tasks; indices: of the images of each task, kept in split.pt. Both are compared at
+    resume.
     """
 
     COUNTERS = {
@@ -145,12 +135,10 @@ class Run:
         **{"matrices": {}, "random_rows": {}, "start_std": 0.0, "collapsed": []},
     }
 
-    def __init__(self, arguments, data, indices, process):
+    def __init__(self, arguments, data, indices, process, stop):
         self.folder, self.main = Path(arguments["out_dir"]), process.main
-        self.arguments, self.data = (
-            json.loads(json.dumps(arguments)),
-            data,
-        )  # as they will be read back: tuples become lists
+        self.arguments = json.loads(json.dumps(arguments))  # as they will be read back: tuples become lists
+        self.data = data
         self.lock = process.first(lambda: open_folder(self.folder, self.arguments) if self.main else None)
         self.saved = checkpoint.load_last(self.folder, warn=self.main)
         self.resumed = self.saved is not None
@@ -169,6 +157,7 @@ class Run:
         self.every, self.unit = arguments["save_every"]
         self.started = self.last_save = time.monotonic()
         self.seconds_saving = 0.0
+        self.process, self.stop, self.clock = process, stop, Clock()
 
     def read_lock(self):
         try:
@@ -202,12 +191,71 @@ class Run:
         else:
             checkpoint.save(path, indices)
 
-    def restore(self, **parts):
-        """load_state_dict of every part, once, from the checkpoint that the run resumes from."""
+    def begin_task(self, task, epochs, loader, **parts):
+        """Before a task's first step: learner, optimizer and scaler by name, whose state the run saves, and
+        restores where it is resumed."""
+        self.loader, self.epochs, self.meter = loader, epochs, Meter(self.process.device)
+        self.parts = {**parts, "meter": self.meter}
         if self.saved is not None:
-            for name, part in parts.items():
+            for name, part in self.parts.items():
                 part.load_state_dict(self.saved[name])
             self.saved = None
+        done = self.epoch * loader.steps + self.step
+        self.progress = Progress(task, self.arguments["num_tasks"], epochs, loader.steps, done, self.main)
+        self.clock.restart()
+
+    def end_step(self, terms, student, views):
+        """Counts a step and logs it; saves where that is due, and leaves where a signal asked one of the
+        ranks to."""
+        self.meter.add(terms, self.global_step)
+        self.z = student.z[0].detach()
+        self.progress.step()
+        self.step, self.global_step = self.step + 1, self.global_step + 1
+        if self.epoch == 0 and self.step == 1:
+            self.start_std = spread(self.z)
+            self.log.views(self.global_step, views, self.loader.mean, self.loader.std)
+        if self.global_step % self.arguments["log_every"] == 0:
+            self.check_finite()
+            self.report("train", self.meter.latest())
+        epoch_ends = self.step == self.loader.steps
+        self.leaving = self.process.agree(bool(self.stop), epoch_ends or self.global_step % 10 == 0)
+        if not epoch_ends and (self.leaving or self.save_due()):
+            self.save()
+            self.stop.leave(self.leaving)
+
+    def end_epoch(self):
+        """Logs the epoch's means; saves unless that would take a tenth of the time."""
+        self.check_finite()
+        self.report("epoch", self.meter.means())
+        self.epoch, self.step = self.epoch + 1, 0
+        if self.leaving or self.epoch == self.epochs or self.save_due() or self.saving_is_cheap():
+            self.save()
+            self.stop.leave(self.leaving)
+
+    def end_task(self):
+        """After a task's evaluation."""
+        self.progress.close()
+        if self.finished == self.task:
+            self.finished += 1
+            self.save()
+        self.task, self.epoch, self.step = self.task + 1, 0, 0
+
+    def report(self, kind, values):
+        """A line of metrics, with what is worth watching beside the losses; on the terminal the speed too."""
+        lr, tau = self.parts["optimizer"].param_groups[0]["lr"], self.parts["learner"].method.ema_tau
+        std, norm = spread(self.z), float(self.z.norm(dim=1).mean())
+        values = {**values, "lr": lr, "ema_tau": tau, "feature_std": std, "z_norm": norm}
+        self.log.metrics(kind, self.global_step, values, task=self.task, epoch=self.epoch)
+        speed = {**self.clock.read(), "skipped_images": len(self.loader.skipped)}
+        self.log.scalars("speed", self.global_step, speed)
+        self.progress.say(values["loss"], lr, speed["images_per_second"], speed["data_wait_share"])
+        if std < self.start_std / 10:
+            fall = f"from {self.start_std:.2g} to {std:.2g} since the task began, task {self.task}"
+            self.progress.warn(
+                f"the spread of the projections (feature_std) fell {fall}: they are collapsing; more "
+                "--warmup_epochs or a lower --lr prevents that"
+            )
+            self.start_std = 0.0  # said once a task
 
     def save_due(self):
         """Every --save_every steps or seconds."""
@@ -220,27 +268,26 @@ class Run:
         harm."""
         return self.seconds_saving < 0.1 * (time.monotonic() - self.started)
 
-    def check_finite(self, meter, learner=None):
-        """Raises RunError if a loss of the epoch, or a weight of the learner, is not finite. Waits for the
-        device."""
-        step = meter.first_bad_step()
-        if step < 0 and learner is not None:
-            norms = torch.stack(torch._foreach_norm(list(learner.parameters())))
+    def check_finite(self, weights=False):
+        """Raises RunError if a loss of the epoch, or a weight, is not finite. Waits for the device."""
+        step = self.meter.first_bad_step()
+        if step < 0 and weights:
+            norms = torch.stack(torch._foreach_norm(list(self.parts["learner"].parameters())))
             step = -1 if norms.isfinite().all() else self.global_step - 1
         if step >= 0:
             kept = self.folder / checkpoint.LAST
             good = f"the last good checkpoint is {kept}" if kept.exists() else "there is no checkpoint yet"
-            advice = "start a run in another --out_dir with a lower --lr or with --precision fp32"
             raise RunError(
-                f"the loss or a weight is not finite at step {step}, task {self.task}: {advice}; {good}"
+                f"the loss or a weight is not finite at step {step}, task {self.task}: start a run in another"
+                f" --out_dir with a lower --lr or with --precision fp32; {good}"
             )
 
-    def save(self, **parts):
+    def save(self):
         """Writes last.pt with the state of every part; the one before it becomes last.prev.pt."""
         before = time.monotonic()
-        self.check_finite(parts["meter"], parts["learner"])
+        self.check_finite(weights=True)
         if self.main:
-            state = {name: part.state_dict() for name, part in parts.items()}
+            state = {name: part.state_dict() for name, part in self.parts.items()}
             state |= {"counters": {name: getattr(self, name) for name in self.COUNTERS}, "data": self.data}
             state |= {"arguments": self.arguments, "metrics_size": self.log.flush()}
             checkpoint.save(self.folder / checkpoint.LAST, state, self.folder / checkpoint.PREVIOUS)
