@@ -42,7 +42,7 @@ from models.learner import Learner
 from models.online import OnlineProbe
 from utils import RunError, checkpoint, distributed, evaluate
 from utils.arguments import Parser
-from utils.collapse import collapsed, health, plot_spectrum
+from utils.collapse import COLLAPSED_STD, collapsed, health, plot_spectrum
 from utils.optim import LARS, warmup_cosine
 from utils.run import Run, Stopped, StopRequest, ignore_signals
 
@@ -114,7 +114,7 @@ def parse_arguments(argv=None):
         "collapse)")  # fmt: skip
     add(
         "--warmup_epochs",
-        type="index",
+        type="weight",
         help="linear warm-up (default: 10, or a third of the epochs in runs under 50)",
     )
     add("--seed", type="index", default=5, help="of everything: class order, weights, sample order, views")
@@ -187,7 +187,7 @@ def parse_arguments(argv=None):
     short = args.epochs < SHORT
     args.lr_schedule = args.lr_schedule or ("step" if short else method.lr_schedule)
     if args.warmup_epochs is None:
-        args.warmup_epochs = min(10, args.epochs // 3) if short else 10
+        args.warmup_epochs = min(10, args.epochs / 3) if short else 10
     if args.num_tasks is None and args.scenario != "domain":
         args.num_tasks = DEFAULT_TASKS
     if args.out_dir is None:
@@ -233,8 +233,10 @@ def main(args):
             save_network(run, learner)
             if args.eval != "none" or args.online_probe != "off":
                 evaluate_task(args, process, run, learner, probe, test, tasks)
+            elif epochs and run.last_std < COLLAPSED_STD:
+                tell_collapse(run)
         run.end_task()
-    skipped = process.union(loaders[0].skipped)
+    skipped = process.union({*loaders[0].skipped, *(labelled_loaders[0].skipped if labelled_loaders else ())})
     if process.main:
         print_results(run, args, skipped)
     return int(bool(run.collapsed))
@@ -368,7 +370,7 @@ def set_lr(optimizer, args, epoch, step, steps):
     """For a step of an epoch of `steps`, by --lr_schedule. Returns the network's rate."""
     t, unit = (epoch, 1) if args.lr_schedule == "epoch" else (epoch * steps + step, steps)
     for group in optimizer.param_groups:
-        span = args.epochs * unit, args.warmup_epochs * unit
+        span = args.epochs * unit, round(args.warmup_epochs * unit)
         group["lr"] = warmup_cosine(t, group["base_lr"], *span, METHODS[args.method].warmup_start_lr)
     return optimizer.param_groups[0]["lr"]
 
@@ -444,6 +446,11 @@ def accuracies(args, process, backbone, probe, tested, tasks):
     return rows
 
 
+def tell_collapse(run):
+    run.collapsed.append(run.task)
+    run.progress.warn(COLLAPSED.format(f"task {run.task}"))
+
+
 def evaluate_task(args, process, run, learner, probe, test, tasks):
     """Adds the rows of the task to the matrices of the run, and publishes these and the collapse monitors of
     the test features."""
@@ -457,12 +464,12 @@ def evaluate_task(args, process, run, learner, probe, test, tasks):
     monitors, spectrum = health(features, learner.method.codes(features))
     run.log.figure("collapse/spectrum", plot_spectrum(spectrum), run.global_step)
     if collapsed(monitors):
-        run.collapsed.append(run.task)
-        run.progress.warn(COLLAPSED.format(f"task {run.task}"))
+        tell_collapse(run)
     for name, row in rows.items():
         run.matrices.setdefault(name, []).append(row)
     for name, block in blocks(args, run).items():
         run.publish(name, block, monitors, f"{args.method} + {args.regularizer}")
+        monitors = {}  # logged once
         if process.main:
             print(evaluate.format_row(run.task, block), flush=True)
 
@@ -511,7 +518,7 @@ def print_settings(args, process, train, tasks, loaders, learner, run):
         f"{args.epochs} epochs a task\n"
         f"global batch {args.batch_size}, lr {rate:g} (= {args.lr:g} x {args.batch_size} / 256), weight "
         "decay "
-        f"{args.weight_decay:g}, {args.warmup_epochs} epochs of warm-up, seed {args.seed}\n"
+        f"{args.weight_decay:g}, {args.warmup_epochs:.3g} epochs of warm-up, seed {args.seed}\n"
         f"run folder: {run.folder}{resumed}",
         flush=True,
     )

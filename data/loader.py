@@ -67,15 +67,22 @@ class Loader:
 
     def epoch(self, epoch, first_step=0):
         """Yields (view 1, view 2), float [N/world, 3, S, S], for the steps of an epoch from first_step on."""
-        for step, batch in enumerate(self.batches(epoch, first_step), first_step):
-            images = self.images[batch.to(self.images.device, non_blocking=True)]
-            yield self.augment(repeat(images), epoch, step, images.shape[-2:])
+        return (views for views, _ in self.views_and_indices(epoch, first_step))
 
     def labelled(self, labels, epoch, first_step=0):
-        """Yields (images [N/world, 3, S, S] in the first view, int64 [N/world] of the labels, which are on
-        the device)."""
-        for (view, *_), batch in zip(self.epoch(epoch, first_step), self.batches(epoch, first_step)):
-            yield view, labels[batch.to(labels.device, non_blocking=True)]
+        """Yields (images [N/world, 3, S, S] in the first view, their labels int64 [N/world], -1 for an image
+        that could not be read and whose place another has taken). labels: of all images, on the device."""
+        for (view, *_), batch in self.views_and_indices(epoch, first_step):
+            y = labels[batch.to(labels.device, non_blocking=True)]
+            if self.skipped:
+                y[torch.isin(batch, torch.tensor(list(self.skipped))).to(y.device)] = -1
+            yield view, y
+
+    def views_and_indices(self, epoch, first_step):
+        """Yields the views of each step, and the int64 indices [N/world] of its images."""
+        for step, batch in enumerate(self.batches(epoch, first_step), first_step):
+            images = self.images[batch.to(self.images.device, non_blocking=True)]
+            yield self.augment(repeat(images), epoch, step, images.shape[-2:]), batch
 
     def augment(self, images, epoch, step, size=(None, None)):
         """images: for each view, uint8 [N/world, 3, H, W], or crops, where size is (None, None).

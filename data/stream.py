@@ -4,6 +4,7 @@ device."""
 import ctypes
 import signal
 import sys
+from collections import deque
 from multiprocessing.util import Finalize
 
 import torch
@@ -161,11 +162,16 @@ class StreamLoader(Loader):
     def skipped(self):
         return self.images.skipped
 
-    def epoch(self, epoch, first_step=0):
-        key = (self.seed, self.task, epoch)
-        requests = ((batch, key) for batch in self.batches(epoch, first_step))
-        for step, crops in enumerate(self.images.batches(requests, some=True), first_step):
-            yield self.augment(crops.transpose(0, 1), epoch, step)
+    def views_and_indices(self, epoch, first_step):
+        key, requested = (self.seed, self.task, epoch), deque()  # requests run ahead of the crops that come
+
+        def requests():
+            for batch in self.batches(epoch, first_step):
+                requested.append(batch)
+                yield batch, key
+
+        for step, crops in enumerate(self.images.batches(requests(), some=True), first_step):
+            yield self.augment(crops.transpose(0, 1), epoch, step), requested.popleft()
 
 
 def evaluation_stream(

@@ -37,7 +37,7 @@ class FALCON(Method):
     """Projections are read against a fixed dictionary of random signs; the codes are consistent and used
     evenly."""
 
-    lr, weight_decay, probe_lr, online_lr = 1e-3, 1e-4, 0.1, 0.1  # lr 2.5e-4 at the recipe's batch of 64
+    lr, weight_decay, probe_lr, online_lr = 1e-3, 1e-4, 0.1, 1e-3  # lr 2.5e-4 at the recipe's batch of 64
     optimizer, lr_schedule, warmup_start_lr = "adam", "step", 3e-5
 
     @staticmethod

@@ -34,11 +34,12 @@ class OnlineProbe(nn.Module):
         return features
 
     def forward(self, features, labels):
-        """Of this rank's share: features [N/world, F], labels int64 [N/world] -> for the global batch
-        {"online_loss": mean cross-entropy, "online_accuracy": in %}."""
+        """Of this rank's share: features [N/world, F], labels int64 [N/world], -1 for none -> for the global
+        batch {"online_loss": mean cross-entropy, "online_accuracy": in %}."""
         logits, labels = self.classifier(gather(full_precision(features))), gather(labels)
-        accuracy = 100 * (logits.detach().argmax(dim=1) == labels).to(logits.dtype).mean()
-        return {"online_loss": F.cross_entropy(logits, labels), "online_accuracy": accuracy}
+        known = (labels >= 0).sum().clamp(min=1)
+        accuracy = 100 * (logits.detach().argmax(dim=1) == labels).sum().to(logits.dtype) / known
+        return {"online_loss": F.cross_entropy(logits, labels, ignore_index=-1), "online_accuracy": accuracy}
 
     @torch.no_grad()
     def predict(self, features):

@@ -213,6 +213,14 @@ def test_collapse_is_told(tmp_path, capsys):
     assert run(flags) == 1 and "collapsed after task 0, 1:" in capsys.readouterr().err
 
 
+def test_collapse_is_told_without_evaluation(tmp_path, capsys):
+    """There are no labels to see it by: the projections say it."""
+    flags = f"{TINY} --num_tasks 2 --regularizer finetune --lr 1e6 --eval none --out_dir {tmp_path}"
+    assert run(flags) == 1
+    told = capsys.readouterr()
+    assert "collapsed after task 0, 1:" in told.err.splitlines()[-1] and "is complete" not in told.out
+
+
 def test_rows_are_told(tmp_path, capsys):
     """After each task its row, the mean, and those of a random network."""
     assert run(f"{TINY} --num_tasks 2 --epochs 1 --out_dir {tmp_path}") == 0

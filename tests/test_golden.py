@@ -178,6 +178,9 @@ def test_schedule_of_a_run():
     args = arguments("--epochs 6 --batch_size 256 --moco_queue_size 256 --lr 0.6")
     rates = [rate(args, epoch, step) for epoch in range(6) for step in range(39)]
     assert rates[0] == 0.003 and max(rates) == 0.6 and max(abs(a - b) for a, b in pairwise(rates)) < 0.6 / 30
+    args = arguments("--epochs 1 --batch_size 256 --moco_queue_size 256 --lr 0.6")
+    rates = [rate(args, 0, step) for step in range(39)]
+    assert rates[0] == 0.003 and rates.index(0.6) == 12  # a third of the steps
     args = arguments("--epochs 200 --batch_size 64", "falcon")
     rates = [rate(args, epoch, step) for epoch in range(200) for step in range(39)]
     assert (

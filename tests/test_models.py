@@ -170,6 +170,28 @@ def test_foreign_layouts(layout, tmp_path):
         ), key
 
 
+@pytest.mark.parametrize(
+    "rows, pointer", [((2, 16, 32), 1), ((2, 16, 64), 2), ((16, 64), 1), ((2, 16, 64), 0), ((3,), 1)]
+)
+def test_foreign_queue_of_another_form(rows, pointer, tmp_path):
+    """One that does not fit is left out, by name, and the queue starts anew."""
+    source, method = build_moco(), build_moco()
+    state = {f"encoder.{k}": v for k, v in source.backbone.state_dict().items()}
+    state |= {f"projector.{k}": v for k, v in source.projector.state_dict().items()}
+    state |= {
+        "queue": torch.ones(rows),
+        "queue_ptr": torch.zeros(pointer, dtype=torch.long),
+        "queue_f": torch.ones(2),
+    }
+    torch.save({"state_dict": state}, tmp_path / "foreign.pt")
+    note = checkpoint.load_method(method, tmp_path / "foreign.pt", "it", [[0, 1]])
+    assert note.endswith("momentum_encoder (a copy of the student), queue; left out: queue, queue_f")
+    assert (
+        checkpoint.read_network(tmp_path / "foreign.pt")["backbone"].keys()
+        == source.backbone.state_dict().keys()
+    )
+
+
 def test_foreign_predictor(tmp_path):
     """BYOL's own predictor is taken from a released checkpoint; a momentum network that it lacks is a copy of
     the student."""

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+import trees
 from conftest import TINY, arguments, run, same, tiny
 
 import main_cssl
@@ -202,6 +203,32 @@ def test_init_from(runs, tmp_path, capsys):
     )
     assert run(f"{FLAGS} --init_from {runs / 'clean' / 'task0.pt'} --out_dir {tmp_path / 'c'}") == 0
     assert "left out: classifier" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", ["--eval knn", "--eval none"])
+def test_unreadable_images(flags, tmp_path, capsys):
+    """The image that takes an unreadable one's place is not learned under its label."""
+    data = trees.fill(
+        tmp_path / "data", [f"{split}/{name}" for split in ("train", "test") for name in "ab"], 16
+    )
+    broken = data / "train" / "a" / "7.JPEG"
+    broken.unlink()
+    broken.write_text("no image")
+    flags += f" --dataset folder --data_dir {data} --scenario data --num_tasks 1 --skip_corrupt"
+    flags += " --batch_size 8 --workers 0"
+    assert run(f"{TINY} {flags} --online_probe clean --log_every 1 --out_dir {tmp_path / 'run'}") == 0
+    assert "1 training images could not be read" in capsys.readouterr().out
+
+    args = arguments(f"{flags} --online_probe clean")
+    train, probe, _, tasks = main_cssl.build_data(args, CPU)
+    loaders = main_cssl.build_loaders(args, CPU, train, tasks)
+    (labelled,) = main_cssl.build_labelled_loaders(args, CPU, probe, loaders)
+    order = torch.cat(list(labelled.batches(0)))
+    labels = torch.cat([y for _, y in labelled.labelled(probe.labels, 0)])
+    unreadable = [i for i in range(32) if probe.images.path(i) == broken]
+    assert labels[order == unreadable[0]].tolist() == [-1] and (labels == -1).sum() == 1
+    known = labels >= 0
+    assert torch.equal(labels[known], probe.labels[order][known])
 
 
 def test_without_a_momentum_network(tmp_path, capsys):

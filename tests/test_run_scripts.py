@@ -74,7 +74,7 @@ def test_settings(name, scenario, method):
     for other, value in zip(("barlow", "byol", "vicreg"), LAMBDA_NEG[name, scenario]):
         if method == other:
             assert getattr(args, f"{other}_lambda_neg") == value
-    rates = {"moco": 0.3, "simclr": 0.1, "barlow": 0.1, "byol": 0.1, "vicreg": 0.3, "falcon": 0.1}
+    rates = {"moco": 0.3, "simclr": 0.1, "barlow": 0.1, "byol": 0.1, "vicreg": 0.3, "falcon": 1e-3}
     assert args.online_lr == (0.3 if method in ("simclr", "barlow") and not cifar else rates[method])
     if method == "byol":
         assert args.byol_predictor_hidden == (4096 if cifar else 8192)

@@ -102,9 +102,11 @@ class Backbone(torch.nn.Sequential):
         )
 
 
-def replay(trajectory, folder, monkeypatch):
+def replay(trajectory, folder, monkeypatch, as_released=True):
     """Runs main_cssl.py on the trajectory's views from its first state; (lines of metrics.jsonl, state after
-    each task)."""
+    each task). as_released: what its trainer did beside the code is done, too: under lightning 1.5.4 a task's
+    first step does not move the momentum encoder and step m uses the tau of m - 1; on CIFAR the end of an
+    epoch's validation flips the teacher from eval mode to batch statistics."""
     hyper, views, states = trajectory.hyper, trajectory.arrays["views"], []
 
     def loader(task):
@@ -129,6 +131,18 @@ def replay(trajectory, folder, monkeypatch):
             released = trajectory.fresh(task) | (trajectory.state("start0", 0) if task == 0 else {})
             _, unknown = self.load_state_dict(released, strict=False)
             assert not unknown
+
+        def after_step(self, student, teacher, progress):
+            step, ema = round(progress * hyper["epochs"] * hyper["steps"]), self.method.ema
+            if as_released and hyper["ema_count"] == "pl1.5.4" and step == 0:
+                self.method.ema = None
+            elif as_released and hyper["ema_count"] == "pl1.5.4":
+                progress = (step - 1) / (hyper["epochs"] * hyper["steps"])
+            super().after_step(student, teacher, progress)
+            self.method.ema = ema
+            if as_released and teacher is not None and step + 1 == hyper["flip_after_epoch"] * hyper["steps"]:
+                self.regularizer.teacher.bn = "batch"
+                self.train()
 
     monkeypatch.setattr(main_cssl, "Learner", Learner)
     monkeypatch.setattr(main_cssl, "build_backbone", Backbone)
@@ -182,19 +196,14 @@ def test_trajectory(path, name, tmp_path, monkeypatch):
     rows, states = replay(trajectory, tmp_path, monkeypatch)
     count = hyper["epochs"] * hyper["steps"]
     assert len(rows) == hyper["tasks"] * count and len(states) == hyper["tasks"]
-    losses = [row["loss"] for row in rows]
-    if hyper["method"] in ("moco", "byol") and hyper["ema_count"] == "pl1.5.4":
-        # under that trainer the first step does not move the momentum encoder; under later ones, and here, it
-        # does
-        compare("the first loss", losses[0], trajectory["loss"][0, 0])
-        assert abs(losses[1] / trajectory["loss"][0, 1] - 1) > 100 * TOLERANCE
-        return
     for task in range(hyper["tasks"]):
         part = rows[task * count : (task + 1) * count]
         compare(f"loss of task {task}", [row["loss"] for row in part], trajectory["loss"][task])
         compare(f"learning rate of task {task}", [row["lr"] for row in part], trajectory["lr"][task])
         if "tau" in trajectory:
-            compare(f"tau of task {task}", [row["ema_tau"] for row in part], trajectory["tau"][task])
+            moved = ~np.isnan(trajectory["tau"][task])
+            taus = [row["ema_tau"] for row, m in zip(part, moved) if m]
+            compare(f"tau of task {task}", taus, trajectory["tau"][task][moved])
         for term, values in terms(trajectory, task).items():
             compare(
                 f"{term} of task {task}", [sum(row[t] for t in term.split(" + ")) for row in part], values
@@ -204,6 +213,21 @@ def test_trajectory(path, name, tmp_path, monkeypatch):
         assert state.keys() == released.keys()
         for key, value in released.items():
             compare(f"{key} after task {task}", state[key], value)
+
+
+def test_ema_count(tmp_path, monkeypatch):
+    """What this project does without help: the first step moves the momentum encoder, as under later
+    trainers; so runs under lightning 1.5.4 part from it at the second step."""
+    for number, (path, name) in enumerate(RUNS):
+        trajectory = Trajectory(path, name)
+        if trajectory.hyper["method"] in ("moco", "byol") and trajectory.hyper["regularizer"] == "finetune":
+            with monkeypatch.context() as patch:
+                rows, _ = replay(trajectory, tmp_path / str(number), patch, as_released=False)
+            got, want = np.array([row["loss"] for row in rows[:2]]), trajectory["loss"][0, :2]
+            apart = abs(got / want - 1)
+            assert apart[0] < TOLERANCE and (apart[1] < TOLERANCE) == (
+                trajectory.hyper["ema_count"] != "pl1.5.4"
+            )
 
 
 def test_runs_are_there():

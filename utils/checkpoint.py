@@ -156,14 +156,11 @@ def read_network(path):
     renames = next(table for mark, table in LAYOUTS.items() if any(k.startswith(mark) for k in tensors))
     heads, left_out = {}, set()
     for key, value in tensors.items():
-        prefix = next((p for p in renames if key.startswith(p)), None)
+        prefix = next((p for p in renames if key == p or (key.startswith(p) and p[-1:] in (".", ""))), None)
         if prefix is not None and not key.startswith((f"{prefix}fc.", "fc.")):
             heads[renames[prefix] + key.removeprefix(prefix)] = value
         else:
             left_out.add(key.split(".")[0])
-    if "queue.rows" in heads:  # [2, D, K] there
-        heads["queue.rows"] = heads["queue.rows"].transpose(1, 2).contiguous()
-        heads["queue.pointer"] = heads.get("queue.pointer", torch.zeros(1, dtype=torch.long)).reshape(())
     backbone = {k.removeprefix("backbone."): heads.pop(k) for k in list(heads) if k.startswith("backbone.")}
     return {"backbone": backbone, "heads": heads, "config": None, "left_out": left_out}
 
@@ -190,44 +187,53 @@ def load_method(method, path, what, tasks, online=None):
     method has a place for. tasks: the names of this run's tasks; raises RunError if a task0.pt is of others,
     or is no task0.pt.
 
-    Where a checkpoint has no momentum encoder, that starts as a copy of the student; a predictor or queue it
-    does not have stays random. online: the OnlineProbe, or None; raises RunError if the checkpoint has no
-    classifier for it. Returns a line that says what became of what.
+    Where a checkpoint has no momentum encoder, that starts as a copy of the student; a predictor, or a queue
+    of the same size, that it does not have stays random. online: the OnlineProbe, or None; raises RunError if
+    the checkpoint has no classifier for it. Returns a line that says what became of what.
     """
     network = read_network(path)
     state = {f"backbone.{k}": v for k, v in network["backbone"].items()} | network["heads"]
-    fresh, left_out = set(), network["left_out"]
-    classifier = network.get("online") or {
-        k: state.pop(k) for k in list(state) if k.startswith("classifier.")
-    }
-    if classifier and online is None:
-        left_out.add("classifier")
+    classifier = {k: state.pop(k) for k in list(state) if k.startswith("classifier.")}
+    if isinstance(network.get("online"), dict):
+        classifier = network["online"]
     if online is not None and not classifier:
-        raise RunError(f"--online_probe: {path} holds no classifier, and so there is no accuracy after the "
-                       "first task: train that "
-                       "task with --online_probe, too")  # fmt: skip
-    if network["config"] is None:
-        own, needed = method.state_dict(), ("backbone.", "projector.")
-        left_out |= {key.split(".")[0] for key in state if key not in own and not key.startswith(needed)}
-        state = {k: v for k, v in state.items() if k in own or k.startswith(needed)}
-        for key in own:
-            if key not in state and not key.startswith(needed):
-                state[key] = state.get(key.removeprefix("momentum_encoder."), own[key])
-                fresh.add(
-                    "momentum_encoder (a copy of the student)"
-                    if key.startswith("momentum_encoder.")
-                    else key.split(".")[0]
-                )
+        raise RunError(
+            f"--online_probe: {path} holds no classifier, and so there is no accuracy after the first task: "
+            "train that task with --online_probe, too, or pass --online_probe off"
+        )
+    fresh, left_out = fit(state, method.state_dict()) if network["config"] is None else (set(), set())
+    left_out |= network["left_out"] | ({"classifier"} if classifier and online is None else set())
     load_strictly(method, state, path, what)
     if online is not None:
         load_strictly(online, classifier, path, what)
         state |= classifier
     if network.get("task", 0) != 0 or network.get("tasks", tasks)[:1] != tasks[:1]:
         raise RunError(f"{path} is not a network of this run's first task: it was trained on other data")
-    parts = sorted({key.split(".")[0] for key in state} - {name.split()[0] for name in fresh})
-    notes = [
-        f"{words}: {', '.join(sorted(names))}"
-        for words, names in (("started anew", fresh), ("left out", left_out))
-        if names
-    ]
-    return "; ".join([f"first task from {path}: {', '.join(parts)}", *notes])
+    taken = {key.split(".")[0] for key in state} - fresh
+    if "momentum_encoder" in fresh:
+        fresh = fresh - {"momentum_encoder"} | {"momentum_encoder (a copy of the student)"}
+    notes = (("started anew", fresh), ("left out", left_out))
+    notes = [f"{words}: {', '.join(sorted(names))}" for words, names in notes if names]
+    return "; ".join([f"first task from {path}: {', '.join(sorted(taken))}", *notes])
+
+
+def fit(state, own):
+    """Makes another project's state one for a method whose own is given, in place: a queue of the same size
+    is turned ([2, D, K] there), what has no place is dropped, what is missing is filled in; but for backbone
+    and projector, which have to fit. Returns the names of what was filled in, and of what was dropped."""
+    fresh, dropped, needed = set(), set(), ("backbone.", "projector.")
+    rows, pointer = state.pop("queue.rows", None), state.pop("queue.pointer", None)
+    if rows is not None and rows.dim() == 3 and pointer is not None and pointer.numel() == 1:
+        rows = rows.transpose(1, 2).contiguous()
+        if "queue.rows" in own and own["queue.rows"].shape == rows.shape:
+            state["queue.rows"], state["queue.pointer"] = rows, pointer.reshape(())
+    if "queue.rows" not in state and (rows is not None or pointer is not None):
+        dropped.add("queue")
+    for key in [key for key in state if key not in own and not key.startswith(needed)]:
+        del state[key]
+        dropped.add(key.split(".")[0])
+    for key, value in own.items():
+        if key not in state and not key.startswith(needed):
+            state[key] = state.get(key.removeprefix("momentum_encoder."), value)
+            fresh.add(key.split(".")[0])
+    return fresh, dropped

@@ -10,6 +10,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+COLLAPSED_STD = 0.01  # of features, or projections, that are all equal
+
 
 def spread(z):
     """sqrt(D) x the standard deviation of unit-length features, mean over dimensions: 1 if spread out, 0 if
@@ -20,7 +22,7 @@ def spread(z):
 
 def collapsed(report):
     """Whether `health` reports a total collapse: all features equal, or all on one line."""
-    return not (report["feature_std"] > 0.01 and report["effective_rank"] > 1.5)
+    return report["feature_std"] < COLLAPSED_STD or report["effective_rank"] < 1.5
 
 
 def singular_values(x):

@@ -19,7 +19,7 @@ class Meter:
             self.names, self.sums = list(terms), torch.zeros_like(self.last)
         self.sums += self.last
         self.count += 1
-        self.bad_step = torch.where((self.bad_step < 0) & ~self.last[0].isfinite(), step, self.bad_step)
+        self.bad_step = torch.where((self.bad_step < 0) & ~self.last.isfinite().all(), step, self.bad_step)
 
     def first_bad_step(self):
         """The first global step whose loss was not finite, or -1. Waits for the device."""

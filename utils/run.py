@@ -88,7 +88,12 @@ def compare_arguments(folder, old, new, free):
     """Raises RunError that names the first argument in which two experiments differ."""
     names = sorted((old.keys() | new.keys()) - free)
     for name in sorted(names, key=lambda name: name not in ("dataset", "method", "regularizer")):
-        if old.get(name) != new.get(name):
+        if name not in old or name not in new:
+            raise RunError(
+                f"{folder} holds a run of another version of this code, in which --{name} means nothing: "
+                "finish it with that version, or choose another --out_dir"
+            )
+        if old[name] != new[name]:
             raise RunError(
                 f"{folder} holds a run with --{name} {old.get(name)}, not {new.get(name)}: "
                 "use the old value to resume it, or another --out_dir for a new run"
@@ -124,15 +129,15 @@ class Run:
     """A run folder and all that must survive an interruption.
 
     Its counters say where the run is: task, epoch, step (of the epoch), global_step; finished tasks, the
-    accuracy matrices so far, and a random backbone's rows, by protocol; feature_std when the task began; the
-    tasks after which features had collapsed. process: only rank 0 writes. stop: the StopRequest. data: what
-    identifies images and tasks; indices: of the images of each task, kept in split.pt. Both are compared at
-    resume.
+    accuracy matrices so far, and a random backbone's rows, by protocol; the projections' feature_std when the
+    task began, and now; the tasks after which features had collapsed. process: only rank 0 writes. stop: the
+    StopRequest. data: what identifies images and tasks; indices: of the images of each task, kept in
+    split.pt. Both are compared at resume.
     """
 
     COUNTERS = {
         **{"task": 0, "epoch": 0, "step": 0, "global_step": 0, "finished": 0},
-        **{"matrices": {}, "random_rows": {}, "start_std": 0.0, "collapsed": []},
+        **{"matrices": {}, "random_rows": {}, "start_std": 0.0, "last_std": 0.0, "collapsed": []},
     }
 
     def __init__(self, arguments, data, indices, process, stop):
@@ -249,11 +254,12 @@ class Run:
         speed = {**self.clock.read(), "skipped_images": len(self.loader.skipped)}
         self.log.scalars("speed", self.global_step, speed)
         self.progress.say(values["loss"], lr, speed["images_per_second"], speed["data_wait_share"])
+        self.last_std = std
         if std < self.start_std / 10:
             fall = f"from {self.start_std:.2g} to {std:.2g} since the task began, task {self.task}"
             self.progress.warn(
                 f"the spread of the projections (feature_std) fell {fall}: they are collapsing; more "
-                "--warmup_epochs or a lower --lr prevents that"
+                "--warmup_epochs or a lower --lr may prevent that"
             )
             self.start_std = 0.0  # said once a task
 
