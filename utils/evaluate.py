@@ -128,34 +128,31 @@ def protocol_name(args, name=""):
     """The words that stand beside every number. name: of what is reported beside the numbers of --eval, if it
     is that."""
     if name.startswith("online"):
-        mode = {"clean": "in eval mode", "released": "in training mode, as in the papers' CIFAR tables"}[
-            args.online_probe
-        ]
-        return (
-            f"online linear probe ({args.online_probe}): learns beside the network, lr {args.online_lr:g}, "
-            "on all labelled images "
-            f"in view 2's augmentation, which pass through the network {mode}; one classifier over all "
-            "classes"
-        )
-    if args.eval == "linear":
-        views = {
-            "cached": "no augmentation",
-            "augmented": "random resized crop (0.08-1) and flip anew each epoch",
-        }[args.probe_views]
-        whose = (
-            "one classifier for each domain, from its own images"
-            if name == "linear_per_domain"
-            else "one classifier"
+        mode = (
+            "in eval mode"
+            if args.online_probe == "clean"
+            else "in training mode, as in the papers' CIFAR tables"
         )
         return (
-            f"offline linear probe{', per domain' * (name != '')}: SGD in float64, lr {args.probe_lr:g}, "
-            "momentum "
-            f"{args.probe_momentum:g}, {PROBE_EPOCHS} epochs, batch {PROBE_BATCH}, lr x 0.1 at epochs 60 and "
-            f"80; {whose} over all "
-            f"classes, frozen network, {views}"
+            f"online linear probe ({args.online_probe}): learns beside the network, lr {args.online_lr:g}, on all "
+            f"labelled images in view 2's augmentation, which pass through the network {mode}; one classifier over "
+            "all classes"
         )
-    setting = f"cosine, k {KNN_K} or all if fewer, temperature {KNN_TEMPERATURE}"
-    return f"k-NN: {setting}; all classes, frozen features"
+    if args.eval == "knn":
+        setting = f"cosine, k {KNN_K} or all if fewer, temperature {KNN_TEMPERATURE}"
+        return f"k-NN: {setting}; all classes, frozen features"
+    crops = "random resized crop (0.08-1) and flip anew each epoch"
+    views = crops if args.probe_views == "augmented" else "no augmentation"
+    kind, whose = "offline linear probe", "one classifier over all classes"
+    if name == "linear_per_domain":
+        kind, whose = (
+            f"{kind}, per domain",
+            f"{whose} for each domain, which learns from that domain's images",
+        )
+    return (
+        f"{kind}: SGD in float64, lr {args.probe_lr:g}, momentum {args.probe_momentum:g}, "
+        f"{PROBE_EPOCHS} epochs, batch {PROBE_BATCH}, lr x 0.1 at epochs 60 and 80; {whose}; frozen network, {views}"
+    )
 
 
 def classify(args, process, features, labels, parts, test_x, num_classes):
