@@ -128,15 +128,11 @@ def protocol_name(args, name=""):
     """The words that stand beside every number. name: of what is reported beside the numbers of --eval, if it
     is that."""
     if name.startswith("online"):
-        mode = (
-            "in eval mode"
-            if args.online_probe == "clean"
-            else "in training mode, as in the papers' CIFAR tables"
-        )
+        modes = {"clean": "in eval mode", "released": "in training mode, as in the papers' CIFAR tables"}
         return (
-            f"online linear probe ({args.online_probe}): learns beside the network, lr {args.online_lr:g}, on all "
-            f"labelled images in view 2's augmentation, which pass through the network {mode}; one classifier over "
-            "all classes"
+            f"online linear probe ({args.online_probe}): learns beside the network, lr {args.online_lr:g}, on "
+            "all labelled images in view 2's augmentation, which pass through the network "
+            f"{modes[args.online_probe]}; one classifier over all classes"
         )
     if args.eval == "knn":
         setting = f"cosine, k {KNN_K} or all if fewer, temperature {KNN_TEMPERATURE}"
@@ -145,13 +141,12 @@ def protocol_name(args, name=""):
     views = crops if args.probe_views == "augmented" else "no augmentation"
     kind, whose = "offline linear probe", "one classifier over all classes"
     if name == "linear_per_domain":
-        kind, whose = (
-            f"{kind}, per domain",
-            f"{whose} for each domain, which learns from that domain's images",
-        )
+        kind += ", per domain"
+        whose += " for each domain, which learns from that domain's images"
     return (
         f"{kind}: SGD in float64, lr {args.probe_lr:g}, momentum {args.probe_momentum:g}, "
-        f"{PROBE_EPOCHS} epochs, batch {PROBE_BATCH}, lr x 0.1 at epochs 60 and 80; {whose}; frozen network, {views}"
+        f"{PROBE_EPOCHS} epochs, batch {PROBE_BATCH}, lr x 0.1 at epochs 60 and 80; {whose}; frozen network, "
+        f"{views}"
     )
 
 
