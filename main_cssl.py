@@ -58,8 +58,7 @@ KNOWN_ERRORS = {
     ),
 }
 COLLAPSED = (
-    "the features have collapsed after {}: all images look alike to the network, and its accuracies say "
-    "nothing; lower --lr"
+    "the network has collapsed in {}: all images look alike to it, and accuracies say nothing; lower --lr"
 )
 SHORT = 50  # epochs a task, below which the released schedule has no room for its warm-up
 STREAM_SIZE = 224  # of views of images that differ in size
@@ -71,16 +70,10 @@ def parse_arguments(argv=None):
     parser = Parser(__doc__)
     add = add_data_arguments(parser)
     add("--scenario", choices=SCENARIOS, default="class", help="what changes from task to task")
-    add(
-        "--num_tasks",
-        type="count",
-        help="1 is joint training, the upper bound (default: 5; one per domain with --scenario domain)",
-    )
-    add(
-        "--image_size",
-        type="count",
-        help="side of the views in pixels (default: that of the images; 224 if they differ in size)",
-    )
+    add("--num_tasks", type="count", help="1 is joint training, the upper bound (default: 5; one per "
+        "domain with --scenario domain)")  # fmt: skip
+    add("--image_size", type="count", help="side of the views in pixels (default: that of the images; 224 "
+        "if they differ in size)")  # fmt: skip
     add("--min_scale", type="fraction", default=0.08, help="smallest share of the area that a crop keeps")
     pair = {"type": "fraction", "nargs": 2, "metavar": ("P1", "P2")}
     add("--blur_p", **pair, default=(0.0, 0.0), help="probability of blur in view 1 and view 2")
@@ -92,86 +85,46 @@ def parse_arguments(argv=None):
     add("--backbone", choices=BACKBONES, default="resnet18")
     add("--width", type="count", default=64, help="base channels; 16 teaches and tests quickly")
     add("--stem", choices=("auto", *STEMS), default="auto", help="first layers; auto: cifar up to 64 pixels")
-    add(
-        "--init_from",
-        metavar="CKPT",
-        help="a task0.pt (or a released checkpoint): skip training task 0 and start from it",
-    )
+    add("--init_from", metavar="CKPT", help="a task0.pt, or a released checkpoint, to start from instead "
+        "of training task 0")  # fmt: skip
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type="count", default=500, help="per task")
     add("--batch_size", type="count", default=256, help="global, over all processes")
-    add(
-        "--lr",
-        type="positive",
-        help="per 256 images: the rate used is lr x batch_size / 256 (default: the method's)",
-    )
+    add("--lr", type="positive", help="per 256 images; used is lr x batch_size / 256 (default: the "
+        "method's)")  # fmt: skip
     add("--optimizer", choices=OPTIMIZERS, help="(default: the method's; lars for all but falcon)")
     add("--weight_decay", type="weight", help="(default: the method's)")
-    add("--lr_schedule", choices=("epoch", "step"), help="when the rate is set: every epoch, as released, or "
-                                                         "every step (default: "
-        "epoch; step for falcon, and in runs under 50 epochs a task, which a jump of the rate can make "
-        "collapse)")  # fmt: skip
-    add(
-        "--warmup_epochs",
-        type="weight",
-        help="linear warm-up (default: 10, or a third of the epochs in runs under 50)",
-    )
+    add("--lr_schedule", choices=("epoch", "step"), help="when the rate is set: every epoch, as released, "
+        "or every step (default: epoch; step for falcon, and under 50 epochs a task, where a jump can make "
+        "a run collapse)")  # fmt: skip
+    add("--warmup_epochs", type="weight", help="linear warm-up (default: 10; a third of runs under 50)")
     add("--seed", type="index", default=5, help="of everything: class order, weights, sample order, views")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add(
-        "--precision",
-        choices=PRECISIONS,
-        help="autocast type (default: bf16 on CUDA, fp32 on CPU); losses are always fp32",
-    )
-    add(
-        "--compile",
-        action="store_true",
-        help="torch.compile: slower to start, faster steps; pays on long runs",
-    )
+    add("--precision", choices=PRECISIONS, help="autocast type (default: bf16 on CUDA, fp32 on CPU); "
+        "losses are always fp32")  # fmt: skip
+    add("--compile", action="store_true", help="torch.compile: slower to start, pays on long runs")
 
     add = parser.add_argument_group("evaluation and output").add_argument
-    add(
-        "--eval",
-        choices=("linear", "knn", "none"),
-        default="linear",
-        help="after every task; knn is quick, linear is the papers'",
-    )
+    add("--eval", choices=("linear", "knn", "none"), default="linear", help="after every task; knn is "
+        "quick, linear is the papers'")  # fmt: skip
     add("--probe_views", choices=("cached", "augmented"), default="cached", help="what the linear probe "
-                                                                                 "learns from: features made "
-        "once; or, as in the papers' offline evaluation, random crops and flips, which pass through the "
-        "network anew in each of "
-        "the probe's 100 epochs")  # fmt: skip
-    add(
-        "--probe_lr",
-        type="positive",
-        help="of the linear probe (default: the method's); lower it if the probe diverges",
-    )
-    add(
-        "--probe_momentum",
-        type="fraction",
-        default=0.0,
-        help="of the linear probe: 0 as in PNR's release, 0.9 as in CaSSLe's",
-    )
+        "learns from: features made once; or, as in the papers' offline evaluation, random crops and flips, "
+        "which pass through the network anew in each of its 100 epochs")  # fmt: skip
+    add("--probe_lr", type="positive", help="of the linear probe (default: the method's); lower it if that "
+        "diverges")  # fmt: skip
+    add("--probe_momentum", type="fraction", default=0.0, help="of the linear probe: 0 as in PNR's "
+        "release, 0.9 as in CaSSLe's")  # fmt: skip
     add("--online_probe", choices=("off", "clean", "released"), default="off", help="a linear classifier "
-                                                                                    "over all classes that "
-        "learns beside the network, as in the papers' CIFAR tables. clean: changes nothing of the training; "
-        "released: as in the "
-        "papers' code, its images pass through the backbone (and that of the momentum encoder, where there "
-        "is one) in training "
-        "mode, so that running statistics see all classes, later ones too")  # fmt: skip
-    add(
-        "--online_lr",
-        type="positive",
-        help="of the online probe, whatever the batch size (default: the method's)",
-    )
-    add(
-        "--out_dir",
-        help="the run's folder (default: runs/<dataset>-<scenario><tasks>-<method>-<regularizer>-seed<seed>)",
-    )
+        "over all classes that learns beside the network, as in the papers' CIFAR tables. clean: changes "
+        "nothing of the training; released: as in the papers' code, its images pass through the backbone "
+        "(and the momentum encoder's) in training mode, so that running statistics see all classes, later "
+        "ones too")  # fmt: skip
+    add("--online_lr", type="positive", help="of the online probe (default: the method's); not per 256")
+    add("--out_dir", help="the run's folder (default: "
+        "runs/<dataset>-<scenario><tasks>-<method>-<regularizer>-seed<seed>)")  # fmt: skip
     add("--save_every", type="interval", default="10m", help="steps (500) or time (90s, 10m, 1h) between "
-                                                             "checkpoints; also at each "
-        "epoch's end, unless saving would take over a tenth of the time")  # fmt: skip
+        "checkpoints; also at each epoch's end, unless saving takes over a tenth of the time")  # fmt: skip
     add("--log_every", type="count", default=50, help="steps between lines in metrics.jsonl and TensorBoard")
 
     chosen = parser.peek(argv, "--method", "--regularizer")
@@ -233,7 +186,7 @@ def main(args):
             save_network(run, learner)
             if args.eval != "none" or args.online_probe != "off":
                 evaluate_task(args, process, run, learner, probe, test, tasks)
-            elif epochs and run.last_std < COLLAPSED_STD:
+            elif epochs and run.last_std < max(COLLAPSED_STD, run.start_std / 10):
                 tell_collapse(run)
         run.end_task()
     skipped = process.union({*loaders[0].skipped, *(labelled_loaders[0].skipped if labelled_loaders else ())})

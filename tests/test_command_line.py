@@ -208,9 +208,9 @@ def test_collapse_is_told(tmp_path, capsys):
     told = capsys.readouterr()
     warnings = [line for line in told.err.splitlines() if line.startswith("warning:")]
     assert "(feature_std) fell" in warnings[0] and warnings[0].count("task 0") == 1
-    assert "collapsed after task 0:" in warnings[1] and "collapsed after task 0, 1:" in warnings[-1]
+    assert "collapsed in task 0:" in warnings[1] and "collapsed in task 0, 1:" in warnings[-1]
     assert "is complete" not in told.out and "ended in a collapse" in told.out
-    assert run(flags) == 1 and "collapsed after task 0, 1:" in capsys.readouterr().err
+    assert run(flags) == 1 and "collapsed in task 0, 1:" in capsys.readouterr().err
 
 
 def test_collapse_is_told_without_evaluation(tmp_path, capsys):
@@ -218,7 +218,7 @@ def test_collapse_is_told_without_evaluation(tmp_path, capsys):
     flags = f"{TINY} --num_tasks 2 --regularizer finetune --lr 1e6 --eval none --out_dir {tmp_path}"
     assert run(flags) == 1
     told = capsys.readouterr()
-    assert "collapsed after task 0, 1:" in told.err.splitlines()[-1] and "is complete" not in told.out
+    assert "collapsed in task 0, 1:" in told.err.splitlines()[-1] and "is complete" not in told.out
 
 
 def test_rows_are_told(tmp_path, capsys):

@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-COLLAPSED_STD = 0.01  # of features, or projections, that are all equal
+COLLAPSED_STD = 0.02  # of features, or projections, that are as good as equal
 
 
 def spread(z):

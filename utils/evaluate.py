@@ -128,10 +128,10 @@ def protocol_name(args, name=""):
     """The words that stand beside every number. name: of what is reported beside the numbers of --eval, if it
     is that."""
     if name.startswith("online"):
-        modes = {"clean": "in eval mode", "released": "in training mode, as in the papers' CIFAR tables"}
+        modes = {"clean": "in eval mode", "released": "in training mode, as in the papers' tables"}
         return (
-            f"online linear probe ({args.online_probe}): learns beside the network, lr {args.online_lr:g}, on "
-            "all labelled images in view 2's augmentation, which pass through the network "
+            f"online linear probe ({args.online_probe}): learns beside the network, lr {args.online_lr:g}, "
+            "on all labelled images in view 2's augmentation, which pass through the network "
             f"{modes[args.online_probe]}; one classifier over all classes"
         )
     if args.eval == "knn":

@@ -137,7 +137,14 @@ class Run:
 
     COUNTERS = {
         **{"task": 0, "epoch": 0, "step": 0, "global_step": 0, "finished": 0},
-        **{"matrices": {}, "random_rows": {}, "start_std": 0.0, "last_std": 0.0, "collapsed": []},
+        **{
+            "matrices": {},
+            "random_rows": {},
+            "start_std": 0.0,
+            "last_std": 0.0,
+            "warned": -1,
+            "collapsed": [],
+        },
     }
 
     def __init__(self, arguments, data, indices, process, stop):
@@ -255,13 +262,13 @@ class Run:
         self.log.scalars("speed", self.global_step, speed)
         self.progress.say(values["loss"], lr, speed["images_per_second"], speed["data_wait_share"])
         self.last_std = std
-        if std < self.start_std / 10:
+        if std < self.start_std / 10 and self.warned < self.task:
             fall = f"from {self.start_std:.2g} to {std:.2g} since the task began, task {self.task}"
             self.progress.warn(
                 f"the spread of the projections (feature_std) fell {fall}: they are collapsing; more "
                 "--warmup_epochs or a lower --lr may prevent that"
             )
-            self.start_std = 0.0  # said once a task
+            self.warned = self.task
 
     def save_due(self):
         """Every --save_every steps or seconds."""
