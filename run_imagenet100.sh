@@ -29,7 +29,7 @@ case $METHOD in
           VIEWS="--min_scale 0.2 --blur_p 0.5 0.5 --solarize_p 0.1 0.1" ;;
   falcon) TABLE="--optimizer adam --lr 1e-3 --weight_decay 1e-4 --probe_lr 0.1 --falcon_codes 16384 --falcon_beta 1"
           TABLE+=" --falcon_lambda_neg 0.1" BATCH=64 ;;
-  *)      fail "unknown method $METHOD: choose moco, simclr, barlow, byol, vicreg or falcon" ;;
+  *)      TABLE="" ;; # a method of your own: its own defaults
 esac
 # shellcheck disable=SC2086
 launch --dataset imagenet100 --scenario "$SCENARIO" --num_tasks "$TASKS" --epochs 400 --image_size 224 --probe_views augmented --batch_size $BATCH $VIEWS $TABLE

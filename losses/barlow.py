@@ -24,6 +24,7 @@ class BarlowTwins(Method):
     """The cross-correlation of the two views' projections is drawn to the identity."""
 
     lr, weight_decay, probe_lr, online_lr = 0.4, 1e-4, 0.1, 0.1
+    small = "--barlow_hidden 32 --barlow_dim 16"
 
     @staticmethod
     def add_arguments(add):

@@ -23,6 +23,7 @@ class Method(nn.Module):
     lr, weight_decay, probe_lr, online_lr = 0.6, 1e-4, 1.0, 0.1
     optimizer, lr_schedule = "lars", "epoch"
     warmup_start_lr = 0.003  # where the warm-up begins
+    small = ""  # flags for a tiny network, as the tests want it
     exclude_bias_n_norm = True  # 1-D parameters skip LARS and weight decay
     contrastive = False  # whether the loss has negatives, to which PNR adds the other model's
     dim = None  # D, the projector's output dimension

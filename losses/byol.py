@@ -16,6 +16,7 @@ class BYOL(Method):
     view."""
 
     lr, weight_decay, probe_lr, online_lr = 1.0, 1e-5, 3.0, 0.1
+    small = "--byol_hidden 32 --byol_dim 16 --byol_predictor_hidden 32"
 
     @staticmethod
     def add_arguments(add):

@@ -39,6 +39,7 @@ class FALCON(Method):
 
     lr, weight_decay, probe_lr, online_lr = 1e-3, 1e-4, 0.1, 1e-3  # lr 2.5e-4 at the recipe's batch of 64
     optimizer, lr_schedule, warmup_start_lr = "adam", "step", 3e-5
+    small = "--falcon_dim 32 --falcon_codes 64"
 
     @staticmethod
     def add_arguments(add):

@@ -15,6 +15,7 @@ class MoCo(Method):
 
     lr, weight_decay, probe_lr, online_lr = 0.6, 1e-4, 3.0, 0.3
     exclude_bias_n_norm, contrastive = False, True
+    small = "--moco_queue_size 64 --moco_hidden 32 --moco_dim 16"
 
     @staticmethod
     def add_arguments(add):

@@ -14,6 +14,7 @@ class SimCLR(Method):
 
     lr, weight_decay, probe_lr, online_lr = 0.6, 1e-4, 1.0, 0.1
     contrastive = True
+    small = "--simclr_hidden 32 --simclr_dim 16"
 
     @staticmethod
     def add_arguments(add):

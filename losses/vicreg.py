@@ -22,6 +22,7 @@ class VICReg(Method):
     """Invariance of the two views, variance of each dimension, no covariance between dimensions."""
 
     lr, weight_decay, probe_lr, online_lr = 0.3, 1e-4, 0.3, 0.3
+    small = "--vicreg_hidden 32 --vicreg_dim 16"
 
     @staticmethod
     def add_arguments(add):

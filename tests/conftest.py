@@ -11,6 +11,7 @@ import torch
 import torch.multiprocessing as mp
 
 import main_cssl
+from losses import METHODS
 from utils import checkpoint
 from utils.run import STOP_SIGNALS
 
@@ -18,19 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 BASE = "--backbone resnet10 --width 4 --image_size 8 --batch_size 32 --epochs 2 --log_every 3 --eval knn"
 BASE += " --device cpu"
-SMALL = {
-    "moco": "--moco_queue_size 64 --moco_hidden 32 --moco_dim 16",
-    "simclr": "--simclr_hidden 32 --simclr_dim 16",
-    "byol": "--byol_hidden 32 --byol_dim 16 --byol_predictor_hidden 32",
-    "vicreg": "--vicreg_hidden 32 --vicreg_dim 16",
-    "barlow": "--barlow_hidden 32 --barlow_dim 16",
-    "falcon": "--falcon_dim 32 --falcon_codes 64",
-}
 
 
 def tiny(method):
     """Flags of a tiny run on digits with that method."""
-    return f"{BASE} --method {method} {SMALL[method]}"
+    return f"{BASE} --method {method} {METHODS[method].small}"
 
 
 TINY = tiny("moco")

@@ -15,8 +15,15 @@ def compare(folders):
         if "matrix" not in block:  # trained with --eval none: what main_linear.py added
             block = next(b for b in block.values() if "matrix" in b)
         protocols[block["protocol"]] = None
-        summary = format_summary(block).replace(", ", "\n")
-        columns.append([folder.name, *format_matrix(block["matrix"]).split("\n"), *summary.split("\n")])
+        column = [
+            folder.name,
+            *format_matrix(block["matrix"]).split("\n"),
+            *format_summary(block).split(", "),
+        ]
+        for name, other in block.items():  # the online probe's, and what main_linear.py added
+            if isinstance(other, dict) and "matrix" in other:
+                column += ["", name, *format_summary(other).split(", ")]
+        columns.append(column)
     height = max(map(len, columns))
     widths = [max(map(len, column)) for column in columns]
     rows = [
