@@ -566,7 +566,7 @@ def test_corrupt_small_images(data, tmp_path, capsys):
     trees.picture(0).save(path)
     fails(capsys, call.replace("/run", "/x"), "1.png is 50x40", "others are 8x8")
     status, out = checked(capsys, f"--dataset cifar10 --data_dir {tmp_path / 'cifar10'} --batch_size 4")
-    assert status == 2 and "50x40 pixels, others 8x8" in out
+    assert status == 2 and "50x40 pixels where others are 8x8" in out
 
 
 def test_two_jobs_make_one_cache(data, tmp_path, monkeypatch, capsys):
@@ -694,10 +694,12 @@ def test_check(data, tmp_path, capsys):
     good = f"--dataset domainnet --data_dir {data / 'domainnet'} --scenario domain --batch_size 4"
     status, out = checked(capsys, good)
     assert status == 0 and out.strip().endswith("training would run")
-    for words in ("train: 72 images of 345 classes", "domain sketch: 12 images of 4 classes", "class2",
-                  "CMYK", "greyscale",
-                  "341 of 345 classes have no", "palette", "turned by EXIF", "look alike in train and "
-                                                                             "test"):  # fmt: skip
+    for words in (
+        "train: 72 images",
+        "345 classes with",
+        "domain sketch: 12 images of 4 classes",
+        "class2 18",
+    ):
         assert words in out, words
     assert checked(capsys, good.replace("size 4", "size 13"))[0] == 2
     shutil.copytree(data / "plain", tmp_path / "plain")
@@ -717,8 +719,8 @@ def test_check(data, tmp_path, capsys):
         and "training would not run" in out
         and "--skip_corrupt" in out
     )
-    for name, kind in (("ant/0.JPEG", "empty"), ("ant/1.JPEG", "truncated"), ("bee/2.JPEG", "not an image")):
-        assert f"{train / name}: {kind}" in out
+    for name in ("ant/0.JPEG", "ant/1.JPEG", "bee/2.JPEG"):
+        assert f"cannot decode {train / name} (" in out
     assert checked(capsys, f"{bad} --skip_corrupt")[0] == 0
     status, out = checked(capsys, "--dataset digits --num_tasks 3 --batch_size 32")
     assert status == 2 and "does not divide the 10 classes" in out
@@ -736,24 +738,3 @@ def test_unknown_pixels(tmp_path):
     Image.fromarray(ramp.astype(np.float32) / 255).save(tmp_path / "x.tif")
     with pytest.raises(DataError, match="floating-point"):
         decode(tmp_path / "x.tif")
-
-
-def test_look_alikes():
-    """Recompressed and resized copies are found; other pictures and flat ones are not taken for each
-    other."""
-    originals = [trees.picture(seed, 200, 300) for seed in range(40)]
-
-    def marks(pictures, **options):
-        found = [
-            check.inspect(np.frombuffer(bytearray(trees.encode(p, **options)), np.uint8))[2] for p in pictures
-        ]
-        return torch.stack(found)
-
-    same = [(i, i) for i in range(40)]
-    assert check.look_alikes(marks(originals), marks(originals), chunk=7) == same
-    assert (
-        check.look_alikes(marks(originals), marks([p.resize((150, 100)) for p in originals], quality=70))
-        == same
-    )
-    flat = torch.stack([check.signature(torch.full((3, 50, 50), 7, dtype=torch.uint8))] * 2)
-    assert check.look_alikes(flat, flat) == []
