@@ -156,7 +156,7 @@ def main(args):
     loaders = build_loaders(args, process, train, tasks)
     labelled_loaders = build_labelled_loaders(args, process, probe, loaders)
     learner = build_learner(args, process, probe)
-    initial = load_initial(args, learner, tasks)
+    initial = load_initial(args, process, learner, tasks)
     run = Run(vars(args), {"tasks": tasks.names, "digest": train.digest}, tasks.train, process, stop)
     if process.main:
         print_settings(args, process, train, tasks, loaders, learner, run)
@@ -211,7 +211,7 @@ def train_one_epoch(args, run, model, learner, optimizer, scaler, epoch, batches
     run.end_epoch()
 
 
-def load_initial(args, learner, tasks):
+def load_initial(args, process, learner, tasks):
     """The state that a new run starts from, read from --init_from; None where it starts from random weights
     or is resumed."""
     if not args.init_from or checkpoint.exists(args.out_dir):
@@ -219,7 +219,7 @@ def load_initial(args, learner, tasks):
     initial = copy.deepcopy(learner)
     names = f"--method {args.method} --backbone {args.backbone} --width {args.width} --stem {args.stem}"
     note = checkpoint.load_method(initial.method, args.init_from, names, tasks.names, initial.online)
-    if distributed.first_to_speak():
+    if process.main:
         print(note, flush=True)
     return initial.state_dict()
 

@@ -130,9 +130,9 @@ class Run:
 
     Its counters say where the run is: task, epoch, step (of the epoch), global_step; finished tasks, the
     accuracy matrices so far, and a random backbone's rows, by protocol; the projections' feature_std when the
-    task began, and now; the tasks after which features had collapsed. process: only rank 0 writes. stop: the
-    StopRequest. data: what identifies images and tasks; indices: of the images of each task, kept in
-    split.pt. Both are compared at resume.
+    task began and when it was last logged; the last task in which its fall was warned of; the tasks in which
+    the network had collapsed. process: only rank 0 writes. stop: the StopRequest. data: what identifies
+    images and tasks; indices: of the images of each task, kept in split.pt. Both are compared at resume.
     """
 
     COUNTERS = {
