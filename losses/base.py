@@ -93,6 +93,8 @@ class Method(nn.Module):
 class Regularizer(nn.Module):
     """What keeps the old tasks. One that needs a teacher starts from losses/cassle.py."""
 
+    uses_features = False  # whether its losses get the backbone's features, student.h
+
     @staticmethod
     def add_arguments(add):
         """Declares the regulariser's flags by calls of add_argument."""

@@ -61,6 +61,8 @@ class Learner(nn.Module):
             student = self.method(views)
             teacher = self.regularizer.teach(views)
             predicted = self.regularizer.predict(self.method, student)
+            if not self.regularizer.uses_features:
+                student.h = None  # of no use to others, so that ranks need not exchange it
             features = None if labelled is None else self.online.features(self.method, labelled[0])
         everything = student, predicted, teacher
         student, predicted, teacher = (None if x is None else x.of_all_ranks() for x in everything)
