@@ -57,9 +57,7 @@ KNOWN_ERRORS = {
         "another process of this run ended without a word, as one does that is killed or whose machine fails",
     ),
 }
-COLLAPSED = (
-    "the network has collapsed in {}: all images look alike to it, and accuracies say nothing; lower --lr"
-)
+COLLAPSED = "the network has collapsed in {}: its outputs hardly differ between images; lower --lr"
 SHORT = 50  # epochs a task, below which the released schedule has no room for its warm-up
 STREAM_SIZE = 224  # of views of images that differ in size
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -186,7 +184,7 @@ def main(args):
             save_network(run, learner)
             if args.eval != "none" or args.online_probe != "off":
                 evaluate_task(args, process, run, learner, probe, test, tasks)
-            elif epochs and run.last_std < max(COLLAPSED_STD, run.start_std / 10):
+            elif epochs and run.last_std < COLLAPSED_STD:
                 tell_collapse(run)
         run.end_task()
     skipped = process.union({*loaders[0].skipped, *(labelled_loaders[0].skipped if labelled_loaders else ())})

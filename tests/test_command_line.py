@@ -177,7 +177,10 @@ def test_main_linear(folder, capsys):
 
 def test_compare(folder):
     text = compare([folder, folder])
-    assert text.count("finetune") == 2 and text.count("A_T") == 2
+    results = json.loads((folder / "results.json").read_text())
+    blocks = 1 + sum(isinstance(block, dict) for block in results.values())  # those that main_linear.py added
+    assert text.count("finetune") == 2 and text.count("A_T") == 2 * blocks
+    assert f"A_T {results['average_accuracy']:.2f}" in text
 
 
 def test_bf16_trains(tmp_path):

@@ -227,8 +227,8 @@ def partial_run(rank, world, port, folder, steps):
         join(rank, world, port)
 
     class Float64(main_cssl.Learner):
-        def forward(self, *views):
-            return super().forward(*(view.double() for view in views))
+        def forward(self, view1, view2, labelled):
+            return super().forward(view1.double(), view2.double(), labelled)
 
         def begin_task(self, task, device, loader):
             super().begin_task(task, device, loader)
