@@ -263,6 +263,9 @@ def test_resume_on_another_number_of_ranks(tmp_path):
     partial_run(0, 1, None, tmp_path / "many", 12)
     start_ranks(partial_run, 3, free_port(), tmp_path / "many", 0)
     one, many = (torch.load(tmp_path / name / "last.pt") for name in ("one", "many"))
+    spreads = ("start_std", "last_std")
+    numbers = [[state["counters"].pop(name) for name in spreads] for state in (one, many)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-8)
     assert one["counters"] == many["counters"] and one["counters"]["global_step"] == 19
     assert one["learner"].keys() == many["learner"].keys() and "regularizer.queue.rows" in one["learner"]
     for part in ("learner", "optimizer"):
