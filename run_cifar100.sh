@@ -2,12 +2,12 @@
 # CIFAR-100, class-incremental, with the paper's settings (ResNet-18, 500 epochs a task) and the paper's online probe.
 #   bash run_cifar100.sh [METHOD] [REGULARIZER] [further flags of main_cssl.py]      default: moco pnr
 #   DATA=DIR   torchvision's files, or train/<class>/ and test/<class>/ (datasets; --download fetches it)
-#   OUT=DIR    the run folder (runs/cifar100-TASKS-METHOD-REGULARIZER); the same command again resumes it
+#   OUT=DIR    the run folder (such as runs/cifar100-class5-moco-pnr-seed5); the same command again resumes it
 #   TASKS=N    5 or 10 (5)         GPUS=N  processes on this machine (1); the results are those of one
-#   PYTHON=... an interpreter to use instead of .venv
+#   PYTHON=... an interpreter (python, if it has PyTorch, or else that of .venv)
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/utils/launch.sh"
-TASKS=${TASKS:-5} OUT=${OUT:-runs/cifar100-${TASKS:-5}-$METHOD-$REGULARIZER}
+source "$(dirname "${BASH_SOURCE[0]}")/scripts/launch.sh"
+TASKS=${TASKS:-5}
 
 # The paper's table; lr is per 256 images (Adam's 2.5e-4 at FALCON's batch of 64), lambda_neg that of CIFAR-100.
 BATCH=256 VIEWS="--min_scale 0.08 --blur_p 0 0 --solarize_p 0 0.2"

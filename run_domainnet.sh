@@ -3,13 +3,12 @@
 # infograph, clipart), and after every task the paper's offline linear evaluation.
 #   bash run_domainnet.sh [METHOD] [REGULARIZER] [further flags of main_cssl.py]      default: moco pnr
 #   DATA=DIR   <domain>/<class>/<image>, <domain>_train.txt and <domain>_test.txt of all six (datasets)
-#   OUT=DIR    the run folder (runs/domainnet-METHOD-REGULARIZER); the same command again resumes it
+#   OUT=DIR    the run folder (such as runs/domainnet-domain6-moco-pnr-seed5); the same command again resumes it
 #   GPUS=N     processes on this machine (1); the results are those of one
-#   PYTHON=... an interpreter to use instead of .venv
-# Decoding keeps a GPU waiting? --cache disk (about 0.25 MB an image beside the data, made once) or more --workers.
+#   PYTHON=... an interpreter (python, if it has PyTorch, or else that of .venv)
+# Decoding keeps a GPU waiting? --cache DIR (about 0.25 MB an image, made once) or more --workers.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/utils/launch.sh"
-OUT=${OUT:-runs/domainnet-$METHOD-$REGULARIZER}
+source "$(dirname "${BASH_SOURCE[0]}")/scripts/launch.sh"
 
 # The paper's table; lr is per 256 images (Adam's 2.5e-4 at FALCON's batch of 64); probe_lr that of the offline linear evaluation;
 # lambda_neg that of DomainNet.

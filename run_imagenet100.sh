@@ -4,14 +4,13 @@
 #   bash run_imagenet100.sh [METHOD] [REGULARIZER] [further flags of main_cssl.py]      default: moco pnr
 #   SCENARIO=class|data (class)    TASKS=N  5 or 10 (5)
 #   DATA=DIR   train/<WordNet id>/ and val/<WordNet id>/ of the subset, or of the whole of ImageNet (datasets)
-#   OUT=DIR    the run folder (runs/imagenet100-SCENARIO-TASKS-METHOD-REGULARIZER); the same command again resumes it
+#   OUT=DIR    the run folder (such as runs/imagenet100-class5-moco-pnr-seed5); the same command again resumes it
 #   GPUS=N     processes on this machine (1); the results are those of one
-#   PYTHON=... an interpreter to use instead of .venv
-# Decoding keeps a GPU waiting? --cache disk (about 33 GB beside the data, made once) or more --workers.
+#   PYTHON=... an interpreter (python, if it has PyTorch, or else that of .venv)
+# Decoding keeps a GPU waiting? --cache DIR (about 33 GB, made once) or more --workers.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/utils/launch.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/scripts/launch.sh"
 TASKS=${TASKS:-5} SCENARIO=${SCENARIO:-class}
-OUT=${OUT:-runs/imagenet100-$SCENARIO-$TASKS-$METHOD-$REGULARIZER}
 
 # The paper's table; lr is per 256 images (Adam's 2.5e-4 at FALCON's batch of 64); probe_lr that of the offline linear evaluation.
 case $SCENARIO in

@@ -1,5 +1,5 @@
 """Images per second from JPEG files to two normalised float views: this project's loader, without and with
-its disk cache, and torchvision's ImageFolder with a two-crop pipeline on PIL images in a DataLoader with the
+a cache, and torchvision's ImageFolder with a two-crop pipeline on PIL images in a DataLoader with the
 same number of workers.
 
     python benchmarks/loader.py --workers 2
@@ -27,12 +27,11 @@ from torchvision import transforms as T
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import main_cssl
-from data import augment
+from data import augment, default_workers
 from data.augment import BLUR_RADIUS, BLUR_SIGMA, ViewConfig
 from data.datasets import IMAGENET_STATS, load_dataset
-from data.files import decode, default_workers
-from data.loader import generator
-from data.stream import Crops, Stream, StreamLoader, crop
+from data.files import decode
+from data.loader import Loader, crop, generator
 from utils import distributed
 
 VIEWS = ((1.0, 0.0), (0.1, 0.2))  # the papers' probabilities of blur and solarising for ImageNet-100
@@ -99,15 +98,14 @@ def theirs(root, args, device):
     return epoch
 
 
-def ours(root, args, device, cache):
-    flags = main_cssl.parse_arguments(["--dataset", "folder", "--data_dir", str(root), "--cache", cache])
+def ours(root, args, device, *cache):
+    flags = main_cssl.parse_arguments(["--dataset", "folder", "--data_dir", str(root), *cache])
     train = load_dataset(flags)[0]
+    train.to(device)
     views = [ViewConfig(args.image_size, blur_p=b, solarize_p=s) for b, s in VIEWS]
-    stream = Stream(Crops(train.images, args.image_size, [v.min_scale for v in views]), args.workers, device)
-    loader = StreamLoader(
-        stream, torch.arange(len(train.labels)), args.batch_size, views, *IMAGENET_STATS, 0, 0
-    )
-    return lambda number: sum(len(view1) for view1, view2 in loader.epoch(number))
+    indices = torch.arange(len(train.labels))
+    loader = Loader(train, indices, args.batch_size, views, 0, 0, workers=args.workers)
+    return lambda number: sum(len(view1) for (view1, view2), _ in loader.epoch(number))
 
 
 def seconds(function, items):
@@ -180,8 +178,8 @@ def main():
         make_files(root, args.images, args.width, args.height)
         contenders = {
             "ImageFolder, PIL, DataLoader": theirs(root, args, device),
-            "this project": ours(root, args, device, "none"),
-            "this project, --cache disk": ours(root, args, device, "disk"),
+            "this project": ours(root, args, device),
+            "this project, --cache DIR": ours(root, args, device, "--cache", f"{folder}/cache"),
         }
         rates = {name: [] for name in contenders}
         for number in range(args.rounds + 1):

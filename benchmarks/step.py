@@ -1,8 +1,7 @@
 """Times one training step of a later task, part by part, and against fine-tuning, on random images.
 
-    python benchmarks/step.py --backbone resnet18 --image_size 32 --batch_size 256 --precision bf16
-    [--compile] python benchmarks/step.py --backbone resnet10 --width 16 --image_size 16 --batch_size 64
-    --moco_queue_size 4096
+    python benchmarks/step.py --image_size 32 --batch_size 256 --precision bf16 [--compile]
+    python benchmarks/step.py --backbone resnet10 --width 16 --image_size 16 --moco_queue_size 4096
 
 Takes every flag of main_cssl.py that shapes a step. The parts are timed one after the other, waiting for the
 device in between; the images/s of the regulariser and of fine-tuning are of undisturbed steps, a few of each
@@ -20,9 +19,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_cssl
-from data.augment import ViewConfig
-from data.loader import Loader
+from data.datasets import ImageSet
+from data.scenarios import Tasks
 from utils import distributed
+from utils.optim import build_optimizer
 
 ROUNDS, STEPS = 7, 4
 
@@ -41,21 +41,14 @@ def seconds(device, function):
 class Trial:
     """A learner in its second task, with its optimizer and endless views of random images."""
 
-    def __init__(self, args, process):
+    def __init__(self, args, process, images):
         self.args, self.device, self.learner = args, process.device, main_cssl.build_learner(args, process)
         self.learner.begin_task(1, self.device)
-        self.optimizer = main_cssl.build_optimizer(args, self.learner)
+        self.optimizer = build_optimizer(args, self.learner)
         self.model = main_cssl.wrap(self.learner, process, args.compile)
-        images = torch.randint(
-            0, 256, (4 * args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8
-        )
-        views = [ViewConfig(args.image_size, args.min_scale, *p) for p in zip(args.blur_p, args.solarize_p)]
-        statistic = ((0.5,) * 3, (0.25,) * 3)
-        key = (args.seed, 1, process.rank, process.world)
-        loader = Loader(
-            images.to(self.device), torch.arange(len(images)), args.batch_size, views, *statistic, *key
-        )
-        self.views = (pair for epoch in range(10**6) for pair in loader.epoch(epoch))
+        tasks = Tasks(["random"], [torch.arange(len(images.labels))], None)
+        loader, _ = main_cssl.build_loaders(args, process, images, None, tasks, 0)
+        self.views = (views for epoch in range(10**6) for views, _ in loader.epoch(epoch))
 
     def step(self):
         loss, _, student, teacher = self.model(*next(self.views))
@@ -99,12 +92,14 @@ class Trial:
 def main(flags):
     process = distributed.start("auto")
     args = main_cssl.parse_arguments(flags)
-    args.image_size = args.image_size or 32
-    args.stem = "cifar" if args.image_size <= 64 else "imagenet"
-    args.precision = args.precision or ("bf16" if process.device.type == "cuda" else "fp32")
+    shape = (4 * args.batch_size, 3, *[args.image_size or 32] * 2)
+    pixels, labels = torch.randint(0, 256, shape, dtype=torch.uint8), torch.zeros(shape[0], dtype=torch.int64)
+    images = ImageSet(pixels, labels, [], (0.5,) * 3, (0.25,) * 3)
+    main_cssl.resolve(args, process, images, None, Tasks(["random"], [labels], None))
+    images.to(process.device)
     baseline = copy.copy(args)
     baseline.regularizer = "finetune"
-    trial, plain = Trial(args, process), Trial(baseline, process)
+    trial, plain = Trial(args, process, images), Trial(baseline, process, images)
     rows = [trial.parts() for _ in range(ROUNDS + 2)][2:]
     device = (
         torch.cuda.get_device_name()

@@ -1,5 +1,37 @@
 """From disk to two augmented views: datasets -> scenarios -> loader -> augment."""
 
+import os
 
-class DataError(ValueError):
-    """Something is wrong with the user's data; the message says what, where, and what to do."""
+# functions in datasets.py
+DATASETS = "digits cifar10 cifar100 svhn stl10 imagenet100 imagenet domainnet folder".split()
+SCENARIOS = ("class", "data", "domain")
+
+
+def default_workers():
+    """Processes that decode, so that all ranks of this machine together use its cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def add_data_arguments(parser):
+    """The flags that say where images come from and what a task is; returns the group's add_argument."""
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=DATASETS, default="digits", help="digits needs no download")
+    add("--data_dir", default="datasets", help="where the data set lies, or is to be put by --download")
+    add("--download", action="store_true", help="fetch the data set if it is missing")
+    text = "train/<class>/ and test/<class>/ to evaluate with, for images without labels"
+    add("--probe_data_dir", metavar="DIR", help=text)
+    text = "domains in the order of the tasks (default: the papers', or by name); fewer leave the others out"
+    add("--domain_order", nargs="+", metavar="NAME", help=text)
+    text = "processes that decode images of different sizes; raise it if training waits for data"
+    add("--workers", type=int, default=default_workers(), help=text)
+    text = "keep decoded images in a file there, once for all runs: makes epochs faster, and takes about "
+    text += "0.25 MB for an image of 256 pixels; /dev/shm is memory"
+    add("--cache", metavar="DIR", help=text)
+    add("--cache_size", type=int, default=256, help="short side of cached images; larger than the views")
+    text = "go on without images that cannot be read; python -m data.check lists them"
+    add("--skip_corrupt", action="store_true", help=text)
+    add("--scenario", choices=SCENARIOS, default="class", help="what changes from task to task")
+    add("--num_tasks", type=int, help="1 is joint training, the upper bound (default: 5; one per domain)")
+    add("--seed", type=int, default=5, help="of everything: class order, weights, sample order, views")
+    return add

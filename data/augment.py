@@ -4,12 +4,10 @@
 CPU, and nothing has to be read back from the device); `make_view` applies them. The operations follow
 torchvision's, with these choices:
 
-* The crop is resized with PIL's antialiased bicubic filter. Crop, resize and flip are one linear map per
-axis, so a view is
-  two batched matrix products, and the result is clamped to [0, 1] once.
+* The crop is resized with PIL's antialiased bicubic filter. Crop, resize and flip are one linear map for each
+  axis, so a view is two batched matrix products, and the result is clamped to [0, 1] once.
 * The order of the four colour-jitter operations is drawn once per view and step, not once per sample.
-* Blur uses 13 taps (three standard deviations at the largest sigma), fewer in tiny images, with reflected
-borders.
+* Blur uses 13 taps (three standard deviations at the largest sigma), fewer in tiny images; borders reflect.
 """
 
 from dataclasses import dataclass
@@ -70,31 +68,19 @@ def draw(config, count, height, width, generator):
     """Parameters for one view of `count` images of height x width pixels, from a CPU generator; without boxes
     where height is None, for images that are crops already."""
     u = torch.rand(10, count, generator=generator)
-    top = left = box_height = box_width = None
-    if height is not None:
-        top, left, box_height, box_width = draw_boxes(count, height, width, config.min_scale, generator)
+    box = (None,) * 4 if height is None else draw_boxes(count, height, width, config.min_scale, generator)
     jitter = u[0] < config.jitter_p
 
-    def factor(row, strength):
-        return torch.where(jitter, 1 + strength * (2 * u[row] - 1), 1.0)
+    def factor(row, strength, neutral=1.0):
+        return torch.where(jitter, neutral + strength * (2 * u[row] - 1), neutral)
 
-    return ViewParams(
-        top=top,
-        left=left,
-        height=box_height,
-        width=box_width,
-        flip=u[1] < config.flip_p,
-        jitter=jitter,
-        brightness=factor(2, config.brightness),
-        contrast=factor(3, config.contrast),
-        saturation=factor(4, config.saturation),
-        hue=torch.where(jitter, config.hue * (2 * u[5] - 1), 0.0),
-        grey=u[6] < config.grey_p,
-        blur=u[7] < config.blur_p,
-        sigma=BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * u[8],
-        solarize=u[9] < config.solarize_p,
-        jitter_order=tuple(JITTER_OPS[i] for i in torch.randperm(4, generator=generator)),
-    )
+    strengths = config.brightness, config.contrast, config.saturation
+    factors = [factor(row, strength) for row, strength in enumerate(strengths, 2)]
+    grey, blur, solarize = u[6] < config.grey_p, u[7] < config.blur_p, u[9] < config.solarize_p
+    sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * u[8]
+    order = tuple(JITTER_OPS[i] for i in torch.randperm(4, generator=generator))
+    colour = *factors, factor(5, config.hue, 0.0), grey, blur, sigma, solarize, order
+    return ViewParams(*box, u[1] < config.flip_p, jitter, *colour)
 
 
 def draw_boxes(count, height, width, min_scale, generator):
@@ -105,52 +91,34 @@ def draw_boxes(count, height, width, min_scale, generator):
 
 def boxes(u, height, width, min_scale):
     """Boxes of torchvision's RandomResizedCrop (scale min_scale-1, ratio 3/4-4/3): top, left, height, width,
-    [N] each.
-
-    u: uniform random numbers [4, N, CROP_TRIES]; height, width: [N], pixels.
-    """
+    [N] each. u: uniform random numbers [4, N, CROP_TRIES]; height, width: [N], pixels."""
     height, width = height.float(), width.float()
     area = (height * width).unsqueeze(1) * (min_scale + (1 - min_scale) * u[0])
     ratio = torch.exp((2 * u[1] - 1) * torch.log(torch.tensor(4 / 3)))
-    w = torch.sqrt(area * ratio).round()
-    h = torch.sqrt(area / ratio).round()
+    w, h = torch.sqrt(area * ratio).round(), torch.sqrt(area / ratio).round()
     fits = (w > 0) & (w <= width.unsqueeze(1)) & (h > 0) & (h <= height.unsqueeze(1))
-    first = fits.int().argmax(dim=1, keepdim=True)  # the first try that fits, 0 if none does
-    found = fits.any(dim=1)
-    w, h = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0]
-    full_h, full_w = fallback_boxes(height, width)
+    found, first = fits.any(dim=1), fits.int().argmax(dim=1, keepdim=True)  # the first try that fits
+    w, h, u_top, u_left = (x.gather(1, first)[:, 0] for x in (w, h, u[2], u[3]))
+    # where none fits, the largest centred box with a ratio in 3/4-4/3
+    full_h = torch.where(width / height < 3 / 4, (width.double() / (3 / 4)).round().float(), height)
+    full_w = torch.where(width / height > 4 / 3, (height.double() * (4 / 3)).round().float(), width)
     w, h = torch.where(found, w, full_w), torch.where(found, h, full_h)
-    u_top, u_left = u[2].gather(1, first)[:, 0], u[3].gather(1, first)[:, 0]
     top = torch.where(found, (u_top * (height - h + 1)).floor(), (height - h).div(2, rounding_mode="floor"))
     left = torch.where(found, (u_left * (width - w + 1)).floor(), (width - w).div(2, rounding_mode="floor"))
     return top, left, h, w
 
 
-def fallback_boxes(height, width):
-    """Height and width of the largest box with a ratio in 3/4-4/3, in images of height x width pixels, [N]
-    each."""
-    ratio = width / height
-    tall = (width.double() / (3 / 4)).round().float()
-    wide = (height.double() * (4 / 3)).round().float()
-    return torch.where(ratio < 3 / 4, tall, height), torch.where(ratio > 4 / 3, wide, width)
-
-
 def make_view(images, params, config, mean, std):
-    """One normalised view of every image.
-
-    images: uint8 [N, 3, H, W] on any device, or crops [N, 3, size, size]; params: ViewParams of the same N,
-    without boxes for crops; mean, std: three floats each. Returns float32 [N, 3, size, size], channels_last.
-    """
+    """One normalised view of every image. images: uint8 [N, 3, H, W] on any device, or crops [N, 3, size,
+    size]; params: ViewParams of the same N, without boxes for crops; mean, std: three floats each. Returns
+    float32 [N, 3, size, size], channels_last."""
     device, size = images.device, config.size
     view = torch.empty(len(images), 3, size, size, device=device, memory_format=torch.channels_last)
     chunk = min(64, max(4, CHUNK_PIXELS // size**2)) if device.type == "cpu" else max(len(images), 1)
     for start in range(0, len(images), chunk):
         part = slice(start, start + chunk)
-        x = (
-            flip_crops(images[part], params[part])
-            if params.top is None
-            else crop_resize(images[part], params[part], size)
-        )
+        crops = (images[part], params[part])
+        x = flip_crops(*crops) if params.top is None else crop_resize(*crops, size)
         view[part] = normalize(distort(x, params[part]), mean, std)
     return view
 
@@ -180,24 +148,18 @@ def crop_resize(images, params, size):
 
 def resize_weights(start, length, in_size, out_size, device, flip=None):
     """Weights [N, out_size, in_size] that cut [start, start + length) from an axis and resize it to out_size.
-
     PIL's antialiased bicubic (a = -0.5): the filter widens with the scale and is renormalised at the box's
-    borders.
-    """
+    borders."""
     start, length = (t.to(device, non_blocking=True).view(-1, 1, 1) for t in (start, length))
     scale = length / out_size
-    out = torch.arange(out_size, device=device) + 0.5
+    out = (torch.arange(out_size, device=device) + 0.5).view(1, out_size, 1)
     if flip is not None:
-        flip = flip.to(device, non_blocking=True).view(-1, 1, 1)
-        out = torch.where(flip, out_size - out, out).view(-1, out_size, 1)
-    else:
-        out = out.view(1, out_size, 1)
+        out = torch.where(flip.to(device, non_blocking=True).view(-1, 1, 1), out_size - out, out)
     position = torch.arange(in_size, device=device) + 0.5 - start  # N x 1 x in, from the box's edge
     t = (position - out * scale).div_(scale.clamp(min=1)).abs_()
     u = (2 - t).clamp_(min=0)
     v = (1 - t).clamp_(min=0)
-    # the cubic kernel as a sum of two truncated pieces: u^2 (u - 1) / 2 on |t| < 2 and v^2 (1 - 2 v) on |t| <
-    # 1
+    # the cubic kernel as a sum of truncated pieces: u^2 (u - 1) / 2 on |t| < 2 and v^2 (1 - 2 v) on |t| < 1
     weights = (u * u).mul_((u - 1).mul_(0.5)).add_((v * v).mul_(1 - 2 * v))
     weights *= (position > 0) & (position < length)
     return weights.div_(weights.sum(dim=2, keepdim=True))

@@ -1,20 +1,23 @@
-"""Image files: finding them below a folder, and decoding one."""
+"""Image files: finding them below a folder, and decoding them."""
 
+import contextlib
 import hashlib
 import io
 import os
 import sys
 import warnings
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from tqdm import tqdm
 
-from data import DataError
+from data import default_workers
+from utils import UserError
+from utils.log import bar
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -30,16 +33,11 @@ class Files:
     """Image files that are decoded when they are needed, or read from a cache of them (data/cache.py).
 
     root: their folder; names: their paths below it, as strings or as the array of bytes that is kept here: a
-    list of a million strings would be copied, page by page, into every worker process.
-    """
+    list of a million strings would be copied, page by page, into every worker process."""
 
     def __init__(self, root, names, cache=None):
-        self.root, self.cache = Path(root), cache
-        self.names = (
-            names
-            if isinstance(names, np.ndarray)
-            else np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
-        )
+        self.root, self.cache, array = Path(root), cache, isinstance(names, np.ndarray)
+        self.names = names if array else np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
 
     def __len__(self):
         return len(self.names)
@@ -53,7 +51,7 @@ class Files:
         return self.root / os.fsdecode(bytes(self.names[i]))
 
     def decode(self, i):
-        """uint8 [3, H, W], RGB, upright. Raises DataError if the file cannot be read."""
+        """uint8 [3, H, W], RGB, upright. Raises UserError if the file cannot be read."""
         image = None if self.cache is None else self.cache.image(i)
         return decode(self.path(i)) if image is None else image
 
@@ -74,68 +72,21 @@ class Files:
 
 
 def decode(path):
-    """uint8 [3, H, W], RGB, upright, in the memory format channels_last. Raises DataError if the file cannot
-    be read."""
+    """uint8 [3, H, W], RGB, upright, in the memory format channels_last. Raises UserError if it cannot be
+    read. torchvision, where it can, reads JPEG files faster than Pillow and to the same bits; Pillow reads
+    the rest, and has the last word on files that torchvision refuses."""
     try:
-        return decode_bytes(np.fromfile(path, np.uint8))
+        data = np.fromfile(path, np.uint8)
+        if decode_jpeg is not None and data[:2].tobytes() == b"\xff\xd8":
+            with contextlib.suppress(RuntimeError):
+                return decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB, apply_exif_orientation=True)
+        with Image.open(io.BytesIO(data)) as image:
+            return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
     except Exception as error:  # Pillow promises no set of exceptions
-        raise DataError(
-            f"cannot decode {path} ({describe(error)}): replace or remove it, or pass --skip_corrupt"
-        ) from error
-
-
-def decode_bytes(data):
-    """`decode` of a file's contents, uint8 [bytes]; raises whatever Pillow raises.
-
-    torchvision, where it can, reads JPEG files faster than Pillow and to the same bits; Pillow reads the
-    rest, and has the last word on files that torchvision refuses.
-    """
-    if not len(data):
-        raise EOFError("the file is empty")
-    if decode_jpeg is not None and data[:2].tobytes() == b"\xff\xd8":
-        try:
-            return decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB, apply_exif_orientation=True)
-        except RuntimeError:
-            pass
-    with Image.open(io.BytesIO(data)) as image:
-        return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
-
-
-def describe(error):
-    """Why a file could not be read, in a few words."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image that Pillow knows"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error).split("\n")[0] or type(error).__name__
-
-
-def bar(*iterable, **options):
-    """tqdm for a terminal; elsewhere a line now and then, and none for what is quickly done."""
-    terminal = sys.stderr.isatty()
-    return tqdm(
-        *iterable, **options, delay=0 if terminal else 30, mininterval=0.1 if terminal else 30, maxinterval=60
-    )
-
-
-def in_parallel(function, count, description):
-    """Yields function(i) for i < count, in order, from a pool of threads, behind a progress bar.
-
-    The decoders let go of the interpreter lock. Some hundreds of results at a time are in memory.
-    """
-    threads = torch.get_num_threads()
-    progress = bar(desc=description, total=count, unit="image")
-    try:
-        with (
-            progress,
-            ThreadPoolExecutor(default_workers(), initializer=torch.set_num_threads, initargs=(1,)) as pool,
-        ):
-            for start in range(0, count, CHUNK):
-                for result in pool.map(function, range(start, min(start + CHUNK, count))):
-                    yield result
-                    progress.update()
-    finally:
-        torch.set_num_threads(threads)  # the pool's setting would reach every thread that is started after it
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not an image that Pillow knows"
+        raise UserError(f"cannot decode {path} ({reason}): replace it, or pass --skip_corrupt") from error
 
 
 def to_rgb(image):
@@ -148,65 +99,87 @@ def to_rgb(image):
         pixels = np.asarray(image)
         wide = image.mode != "I" or pixels.max() > 255
         image = Image.fromarray((pixels >> 8 if wide else pixels).astype(np.uint8))
-    if "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+    return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+
+
+def decode_all(files, title, convert=lambda image: image):
+    """Yields convert(image) of every file in order, or the UserError of one that cannot be read, from a pool
+    of threads (the decoders let go of the interpreter lock), behind a progress bar."""
+
+    def load(i):
+        try:
+            return convert(files.decode(i))
+        except UserError as error:
+            return error
+
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(default_workers(), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        with pool, bar(desc=f"{title} {files.root}", total=len(files), unit="image") as progress:
+            for start in range(0, len(files), CHUNK):
+                for result in pool.map(load, range(start, min(start + CHUNK, len(files)))):
+                    yield result
+                    progress.update()
+    finally:
+        torch.set_num_threads(threads)  # the pool's setting would reach every thread that is started after it
+
+
+def warn_or_raise(why, skip_corrupt):
+    """For a file that cannot be read."""
+    if not skip_corrupt:
+        raise UserError(why)
+    print(f"warning: skipped: {why}", file=sys.stderr)
+
+
+def load_all(files, skip_corrupt):
+    """uint8 [N, 3, H, W] of files that are all of one size, and the int64 indices [N] of those that can be
+    read: all, unless skip_corrupt. Raises UserError."""
+    images = dict(enumerate(decode_all(files, "decoding")))
+    for i, error in [(i, image) for i, image in images.items() if isinstance(image, UserError)]:
+        warn_or_raise(str(error), skip_corrupt)
+        del images[i]
+    if not images:
+        raise UserError(f"no image of {files.root} can be read")
+    common = Counter(image.shape for image in images.values()).most_common(1)[0][0]
+    for i, image in images.items():
+        if image.shape != common:
+            size, others = (f"{shape[2]}x{shape[1]}" for shape in (image.shape, common))
+            raise UserError(f"{files.path(i)} is {size} pixels where others are {others}: resize it")
+    return torch.stack(list(images.values())).contiguous(), torch.tensor(list(images))
 
 
 def list_images(root, folders=None, strict=True):
     """The names of all images below root (or below these folders of it), sorted folder by folder; hidden ones
-    are passed over.
-
-    Raises DataError if there is no such folder, no image at all, a folder that cannot be read or that is met
-    twice and, if strict, a folder with neither images nor folders in it.
-    """
+    are passed over. Raises UserError if there is no such folder, no image at all, a folder that cannot be
+    read and, if strict, a folder with neither images nor folders in it."""
 
     def stop(error):
-        raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
 
-    root = Path(root)
+    root, names = Path(root), []
     if not root.is_dir():
-        raise DataError(f"no folder {root}: expected one folder of images per class in it; check --data_dir")
-    names, met = [], set()
+        raise UserError(f"no folder {root}: expected one folder of images per class in it; check --data_dir")
     for place in [root] if folders is None else [root / folder for folder in folders]:
         for folder, inner, files in os.walk(place, followlinks=True, onerror=stop):
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in met:
-                raise DataError(f"{folder} is a link to a folder that is read already: remove it")
-            met.add((status.st_dev, status.st_ino))
             inner[:] = sorted(name for name in inner if not name.startswith("."))
             images = sorted(f for f in files if f.lower().endswith(SUFFIXES) and not f.startswith("."))
             if strict and not images and not inner and Path(folder) != root:
-                raise DataError(
-                    f"class folder {folder} holds no images (PNG, JPEG, WebP, ...): add some or remove the "
-                    "folder"
-                )
+                raise UserError(f"class folder {folder} holds no images: add some or remove the folder")
             prefix = os.path.relpath(folder, root)
             names += images if prefix == "." else [f"{prefix}/{name}" for name in images]
     if not names:
-        raise DataError(
-            f"{root} holds no class folders and no images: expected {root}/<class>/<image>.png or .jpg"
-        )
+        raise UserError(f"{root} holds no images: expected {root}/<class>/<image>.png or .jpg")
     return names
 
 
 def list_classes(root, folders=None):
     """root/<class>/<image>: the names of the images, their labels (int64 [N]) and the sorted class names.
-
-    folders: the classes that are wanted, where not all are. Raises DataError where images lie elsewhere than
-    in class folders.
-    """
+    folders: the classes that are wanted, where not all are. Raises UserError where images lie elsewhere."""
     names = list_images(root, folders)
     parts = [name.split("/") for name in names]
-    odd = next((name for name, p in zip(names, parts) if len(p) != 2), None)
-    if odd is not None:
-        raise DataError(f"{Path(root) / odd} does not lie in a class folder: expected {root}/<class>/<image>")
-    classes = sorted({p[0] for p in parts})
+    for name, part in zip(names, parts):
+        if len(part) != 2:
+            raise UserError(f"{Path(root) / name} lies in no class folder: expected {root}/<class>/<image>")
+    classes = sorted({part[0] for part in parts})
     number = {name: label for label, name in enumerate(classes)}
-    return names, torch.tensor([number[p[0]] for p in parts]), classes
-
-
-def default_workers():
-    """Processes that decode, so that all ranks of this machine together use its cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return names, torch.tensor([number[part[0]] for part in parts]), classes

@@ -1,26 +1,21 @@
-"""One file per SSL method, one file per regulariser, one line for each in these registries.
+"""One file per SSL method, one file per regulariser, one line for each in these registries: the name, which
+is the file's, and the class in it. A method gives its losses once and a regulariser is written once for all
+methods: N + M files, not N x M."""
 
-A method gives its losses once, and a regulariser is written once for all methods: N + M files, not N x M.
-"""
-
-from losses.barlow import BarlowTwins
-from losses.byol import BYOL
-from losses.cassle import CaSSLe
-from losses.falcon import FALCON
-from losses.finetune import Finetune
-from losses.moco import MoCo
-from losses.pnr import PNR
-from losses.simclr import SimCLR
-from losses.vicreg import VICReg
+from importlib import import_module
 
 METHODS = {
-    "simclr": SimCLR,
-    "moco": MoCo,
-    "byol": BYOL,
-    "vicreg": VICReg,
-    "barlow": BarlowTwins,
-    "falcon": FALCON,
+    "simclr": "SimCLR",
+    "moco": "MoCo",
+    "byol": "BYOL",
+    "vicreg": "VICReg",
+    "barlow": "BarlowTwins",
+    "falcon": "FALCON",
 }
-REGULARIZERS = {"finetune": Finetune, "cassle": CaSSLe, "pnr": PNR}
+REGULARIZERS = {"finetune": "Finetune", "cassle": "CaSSLe", "pnr": "PNR"}
 
-__all__ = ["METHODS", "REGULARIZERS"]
+
+def find(name):
+    """The class of a method or regulariser; its file is read now, since flags are parsed before PyTorch
+    is."""
+    return getattr(import_module(f"losses.{name}"), (METHODS | REGULARIZERS)[name])

@@ -28,11 +28,11 @@ class BarlowTwins(Method):
 
     @staticmethod
     def add_arguments(add):
-        add("--barlow_hidden", type="count", default=2048, help="hidden width of the projector")
-        add("--barlow_dim", type="count", default=2048, help="output dimension of the projector")
-        add("--barlow_lambda", type="weight", default=5e-3, help="weight of the off-diagonal entries")
-        add("--barlow_scale_loss", type="positive", default=0.1, help="factor of the whole loss")
-        add("--barlow_lambda_neg", type="weight", default=1.0, help="weight of PNR's pseudo-negatives")
+        add("--barlow_hidden", type=int, default=2048, help="hidden width of the projector")
+        add("--barlow_dim", type=int, default=2048, help="output dimension of the projector")
+        add("--barlow_lambda", type=float, default=5e-3, help="weight of the off-diagonal entries")
+        add("--barlow_scale_loss", type=float, default=0.1, help="factor of the whole loss")
+        add("--barlow_lambda_neg", type=float, default=1.0, help="weight of PNR's pseudo-negatives")
 
     def __init__(self, backbone, args):
         super().__init__(backbone)

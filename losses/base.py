@@ -7,17 +7,12 @@ from models.frozen import ema_tau, ema_update, frozen_copy
 from models.learner import Outputs
 
 
-class MethodError(ValueError):
-    """Arguments of a method or regulariser that do not fit; the message says which and what to do."""
-
-
 class Method(nn.Module):
     """An SSL method: a backbone, its heads and its losses.
 
     A subclass builds self.projector (and what else it needs) in __init__, gives the losses below, and
     declares flags of its own, each beginning with its name. All losses take Outputs of the global batch and
-    return a scalar. A contrastive method gives `align`, the others `repel` and self.lambda_neg.
-    """
+    return a scalar. A contrastive method gives `align`, the others `repel` and self.lambda_neg."""
 
     # the defaults of the flags of these names
     lr, weight_decay, probe_lr, online_lr = 0.6, 1e-4, 1.0, 0.1
@@ -32,7 +27,7 @@ class Method(nn.Module):
 
     @staticmethod
     def add_arguments(add):
-        """Declares the method's flags by calls of add_argument; for types by name see utils/arguments.py."""
+        """Declares the method's flags by calls of add_argument; for ranges by name see utils/arguments.py."""
 
     def __init__(self, backbone):
         super().__init__()
@@ -107,7 +102,7 @@ class Regularizer(nn.Module):
         super().__init__()
 
     def check(self, method):
-        """Raises MethodError if the flags do not fit the method."""
+        """Raises UserError if the flags do not fit the method."""
 
     def begin_task(self, task, method, loader):
         """Before task >= 0: build what the task needs from the network as the previous task left it."""

@@ -20,17 +20,12 @@ class BYOL(Method):
 
     @staticmethod
     def add_arguments(add):
-        add("--byol_hidden", type="count", default=4096, help="hidden width of the projector")
-        add("--byol_dim", type="count", default=256, help="output dimension of the projector")
-        add(
-            "--byol_predictor_hidden",
-            type="count",
-            default=4096,
-            help="hidden width of BYOL's own predictor q",
-        )
-        add("--byol_ema", type="fraction", nargs=2, default=(0.99, 1.0), metavar=("BASE", "FINAL"),
+        add("--byol_hidden", type=int, default=4096, help="hidden width of the projector")
+        add("--byol_dim", type=int, default=256, help="output dimension of the projector")
+        add("--byol_predictor_hidden", type=int, default=4096, help="hidden width of BYOL's own predictor q")
+        add("--byol_ema", type=float, nargs=2, default=(0.99, 1.0), metavar=("BASE", "FINAL"),
             help="EMA tau of the momentum encoder at the start and at the end of each task")  # fmt: skip
-        add("--byol_lambda_neg", type="weight", default=0.5, help="weight of PNR's pseudo-negatives")
+        add("--byol_lambda_neg", type=float, default=0.5, help="weight of PNR's pseudo-negatives")
 
     def __init__(self, backbone, args):
         super().__init__(backbone)

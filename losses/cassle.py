@@ -13,7 +13,7 @@ class CaSSLe(Regularizer):
     @staticmethod
     def add_teacher_arguments(add):
         """The flags of every regulariser with a teacher."""
-        add("--predictor_hidden", type="count", default=2048, help="hidden width of the predictor g")
+        add("--predictor_hidden", type=int, default=2048, help="hidden width of the predictor g")
         add("--teacher_bn", choices=("auto", "eval", "batch"), default="auto",
             help="what the frozen teacher's batch norms use: its running statistics, or each batch's "
             "own (the running statistics never change); auto, as released: eval for pnr on ImageNet and "
@@ -22,7 +22,7 @@ class CaSSLe(Regularizer):
     @staticmethod
     def add_arguments(add):
         CaSSLe.add_teacher_arguments(add)
-        add("--cassle_weight", type="weight", default=1.0, help="weight of the distillation term")
+        add("--cassle_weight", type=float, default=1.0, help="weight of the distillation term")
 
     @staticmethod
     def resolve(args):

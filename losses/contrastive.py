@@ -5,12 +5,10 @@ import torch.nn.functional as F
 
 
 def info_nce(query, positive, negatives, tau):
-    """mean_i -ln[ e^(q_i.k_i/tau) / (e^(q_i.k_i/tau) + sum_n e^(q_i.n/tau)) ].
-
-    query, positive: [N, D], normalised here; negatives: a list of [K, D] unit rows, all of them against every
-    query. The blocks are summed one by one, so that two queues are never copied into one. Source: van den
-    Oord et al. (2018); He et al. (CVPR 2020).
-    """
+    """mean_i -ln[ e^(q_i.k_i/tau) / (e^(q_i.k_i/tau) + sum_n e^(q_i.n/tau)) ]. query, positive: [N, D],
+    normalised here; negatives: a list of [K, D] unit rows, all of them against every query. The blocks are
+    summed one by one, so that two queues are never copied into one. Source: van den Oord et al. (2018); He et
+    al. (CVPR 2020)."""
     query = F.normalize(query, dim=1) / tau
     positive = (query * F.normalize(positive, dim=1)).sum(dim=1)  # N
     total = positive
@@ -27,12 +25,9 @@ def lse_of_others(a, b, tau):
 
 def contrastive_distillation(pred, target, tau):
     """CaSSLe's 1/2 [D(p, f) + D(f, p)] with D(a, b) = cross-entropy of a_i against all b, its own b_i being
-    the positive.
-
-    pred, target: lists with one [N, D] tensor per view, normalised here; the 2N rows of both views are
-    candidates for each other, and a row's positive is the target of its own view. Source: Fini et al. (CVPR
-    2022).
-    """
+    the positive. pred, target: lists with one [N, D] tensor per view, normalised here; the 2N rows of both
+    views are candidates for each other, and a row's positive is the target of its own view. Source: Fini et
+    al. (CVPR 2022)."""
     p = F.normalize(torch.cat(pred), dim=1)
     f = F.normalize(torch.cat(target), dim=1)
     logits = p @ f.T / tau  # 2N x 2N

@@ -6,7 +6,8 @@ import math
 import torch
 from torch import nn
 
-from losses.base import Method, MethodError, over_views
+from losses.base import Method, over_views
+from utils import UserError
 
 
 def cross_entropy(log_p, log_q):
@@ -18,9 +19,7 @@ def prior_matching(log_p, prior):
     """How far the mean code is from uniform over the c codes: KL(mean || uniform) ("reverse", as released) or
     KL(uniform || mean) ("forward", the paper's first form). log_p: [N, c]."""
     n, c = log_p.shape
-    log_mean = torch.logsumexp(log_p, dim=0) - math.log(
-        n
-    )  # ln mean_n P_nj, finite also where every P_nj underflows
+    log_mean = torch.logsumexp(log_p, dim=0) - math.log(n)  # ln mean_n P_nj, finite also where all underflow
     surprise = log_mean + math.log(c)
     return (log_mean.exp() * surprise).sum() if prior == "reverse" else -surprise.mean()
 
@@ -43,39 +42,28 @@ class FALCON(Method):
 
     @staticmethod
     def add_arguments(add):
-        add("--falcon_dim", type="count", default=2048, help="f, output dimension of the projector")
-        add("--falcon_codes", type="count", default=16384, help="c, columns of the dictionary")
-        add("--falcon_beta", type="weight", default=1.0, help="weight of the consistency of the views")
+        add("--falcon_dim", type=int, default=2048, help="f, output dimension of the projector")
+        add("--falcon_codes", type=int, default=16384, help="c, columns of the dictionary")
+        add("--falcon_beta", type=float, default=1.0, help="weight of the consistency of the views")
         add("--falcon_prior", choices=("reverse", "forward"), default="reverse",
             help="divergence of mean code and uniform prior; reverse as released")  # fmt: skip
-        add(
-            "--falcon_epsilon",
-            type="positive",
-            default=1e-8,
-            help="eps of the temperature; codes get sharper below",
-        )
-        add("--falcon_lambda_neg", type="weight", default=0.1, help="weight of PNR's pseudo-negatives")
+        add("--falcon_epsilon", type=float, default=1e-8, help="eps of the temperature; lower: sharper codes")
+        add("--falcon_lambda_neg", type=float, default=0.1, help="weight of PNR's pseudo-negatives")
 
     def __init__(self, backbone, args):
         super().__init__(backbone)
         f, c, eps = args.falcon_dim, args.falcon_codes, args.falcon_epsilon
         if c < 2 or eps * c >= 1:
-            raise MethodError(
-                f"--falcon_codes {c} and --falcon_epsilon {eps:g}: at least 2 codes, and their product below "
-                "1"
+            raise UserError(
+                f"--falcon_codes {c} x --falcon_epsilon {eps:g}: at least 2 codes, product below 1"
             )
-        self.dim, self.lambda_neg, self.beta, self.prior = (
-            f,
-            args.falcon_lambda_neg,
-            args.falcon_beta,
-            args.falcon_prior,
-        )
+        self.dim, self.lambda_neg = f, args.falcon_lambda_neg
+        self.beta, self.prior = args.falcon_beta, args.falcon_prior
         # N is the batch of all ranks
         self.temperature = f / (math.sqrt(args.batch_size) * math.log((1 - eps * (c - 1)) / eps))
         self.projector = nn.Sequential(nn.Linear(backbone.feature_dim, f), nn.BatchNorm1d(f))
-        self.register_buffer(
-            "dictionary", torch.randint(0, 2, (f, c)).mul_(2).sub_(1).to(torch.get_default_dtype())
-        )
+        signs = torch.randint(0, 2, (f, c)).mul_(2).sub_(1)
+        self.register_buffer("dictionary", signs.to(torch.get_default_dtype()))
 
     def logits(self, z):
         """a = tanh(z) W / T: [N, f] -> [N, c]."""

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import torch.nn.functional as F
 
-from losses.base import Method, MethodError
+from losses.base import Method
 from losses.contrastive import contrastive_distillation, info_nce
 from models.heads import Queue, mlp
+from utils import UserError
 
 
 class MoCo(Method):
@@ -19,30 +20,18 @@ class MoCo(Method):
 
     @staticmethod
     def add_arguments(add):
-        add("--moco_hidden", type="count", default=2048, help="hidden width of the projector")
-        add("--moco_dim", type="count", default=128, help="output dimension of the projector")
-        add(
-            "--moco_queue_size",
-            type="count",
-            default=65536,
-            help="keys per view; lower it for small data sets",
-        )
-        add("--moco_tau", type="positive", default=0.2, help="temperature of the SSL loss")
-        add(
-            "--moco_tau_distill",
-            type="positive",
-            default=0.2,
-            help="temperature tau_d of the CaSSLe and PNR terms",
-        )
-        add("--moco_ema", type="fraction", nargs=2, default=(0.99, 0.999), metavar=("BASE", "FINAL"),
+        add("--moco_hidden", type=int, default=2048, help="hidden width of the projector")
+        add("--moco_dim", type=int, default=128, help="output dimension of the projector")
+        add("--moco_queue_size", type=int, default=65536, help="keys per view; lower it for small data sets")
+        add("--moco_tau", type=float, default=0.2, help="temperature of the SSL loss")
+        add("--moco_tau_distill", type=float, default=0.2, help="tau_d, temperature with CaSSLe and PNR")
+        add("--moco_ema", type=float, nargs=2, default=(0.99, 0.999), metavar=("BASE", "FINAL"),
             help="EMA tau of the momentum encoder at the start and at the end of each task")  # fmt: skip
 
     def __init__(self, backbone, args):
         size = args.moco_queue_size
         if size < args.batch_size:
-            raise MethodError(
-                f"--moco_queue_size {size} is smaller than --batch_size {args.batch_size}: raise it"
-            )
+            raise UserError(f"--moco_queue_size {size} is below --batch_size {args.batch_size}: raise it")
         super().__init__(backbone)
         self.dim, self.ema = args.moco_dim, args.moco_ema
         self.tau, self.tau_d = args.moco_tau, args.moco_tau_distill

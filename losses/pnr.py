@@ -3,9 +3,9 @@ other's loss."""
 
 from dataclasses import replace
 
-from losses.base import MethodError
 from losses.cassle import CaSSLe
 from models.heads import Queue
+from utils import UserError
 
 
 class PNR(CaSSLe):
@@ -16,8 +16,7 @@ class PNR(CaSSLe):
     others        ssl(z) + distill(p, f) - lambda_neg x repel(p, f), f there that of the other view
 
     Where the method keeps a queue, the teacher gets one of its size: random rows in the second task, then
-    carried on.
-    """
+    carried on."""
 
     @staticmethod
     def add_arguments(add):
@@ -41,9 +40,7 @@ class PNR(CaSSLe):
 
     def check(self, method):
         if not method.contrastive and self.in_main != self.in_reg:
-            raise MethodError(
-                "--pnr_pseudo_negatives main and reg are for contrastive methods: use both or none"
-            )
+            raise UserError("--pnr_pseudo_negatives main, reg: for contrastive methods; use both or none")
 
     def begin_task(self, task, method, loader):
         super().begin_task(task, method, loader)

@@ -18,12 +18,10 @@ class SimCLR(Method):
 
     @staticmethod
     def add_arguments(add):
-        add("--simclr_hidden", type="count", default=2048, help="hidden width of the projector")
-        add("--simclr_dim", type="count", default=128, help="output dimension of the projector")
-        add("--simclr_tau", type="positive", default=0.2, help="temperature of the SSL loss")
-        add(
-            "--simclr_tau_distill", type="positive", default=0.2, help="temperature tau_d with CaSSLe and PNR"
-        )
+        add("--simclr_hidden", type=int, default=2048, help="hidden width of the projector")
+        add("--simclr_dim", type=int, default=128, help="output dimension of the projector")
+        add("--simclr_tau", type=float, default=0.2, help="temperature of the SSL loss")
+        add("--simclr_tau_distill", type=float, default=0.2, help="temperature tau_d with CaSSLe and PNR")
 
     def __init__(self, backbone, args):
         super().__init__(backbone)

@@ -26,18 +26,13 @@ class VICReg(Method):
 
     @staticmethod
     def add_arguments(add):
-        add("--vicreg_hidden", type="count", default=2048, help="hidden width of the projector")
-        add("--vicreg_dim", type="count", default=2048, help="output dimension of the projector")
-        add("--vicreg_invariance", type="weight", default=25.0, help="weight of the MSE between the views")
-        add("--vicreg_variance", type="weight", default=25.0, help="raise it if feature_std falls")
-        add("--vicreg_covariance", type="weight", default=1.0, help="weight of the covariance term")
-        add(
-            "--vicreg_lambda_distill",
-            type="weight",
-            default=25.0,
-            help="lambda_d, weight of CaSSLe's and PNR's MSE",
-        )
-        add("--vicreg_lambda_neg", type="weight", default=23.0, help="weight of PNR's pseudo-negatives")
+        add("--vicreg_hidden", type=int, default=2048, help="hidden width of the projector")
+        add("--vicreg_dim", type=int, default=2048, help="output dimension of the projector")
+        add("--vicreg_invariance", type=float, default=25.0, help="weight of the MSE between the views")
+        add("--vicreg_variance", type=float, default=25.0, help="raise it if feature_std falls")
+        add("--vicreg_covariance", type=float, default=1.0, help="weight of the covariance term")
+        add("--vicreg_lambda_distill", type=float, default=25.0, help="weight of CaSSLe's and PNR's MSE")
+        add("--vicreg_lambda_neg", type=float, default=23.0, help="weight of PNR's pseudo-negatives")
 
     def __init__(self, backbone, args):
         super().__init__(backbone)

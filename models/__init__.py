@@ -1,5 +1,23 @@
 """Networks: backbones, heads, the queue, frozen copies, and what makes several ranks compute as one."""
 
-from models.resnet import BACKBONES, STEMS, build_backbone
+# name: torchvision's block, and how many of them each stage has
+BACKBONES = {
+    "resnet10": ("BasicBlock", (1, 1, 1, 1)),
+    "resnet18": ("BasicBlock", (2, 2, 2, 2)),
+    "resnet34": ("BasicBlock", (3, 4, 6, 3)),
+    "resnet50": ("Bottleneck", (3, 4, 6, 3)),
+}
+STEMS = ("cifar", "imagenet")
 
-__all__ = ["BACKBONES", "STEMS", "build_backbone"]
+
+def add_network_arguments(parser):
+    """The flags that say what the backbone is and where it runs; returns the group's add_argument."""
+    add = parser.add_argument_group("model").add_argument
+    add("--backbone", choices=BACKBONES, default="resnet18")
+    add("--width", type=int, default=64, help="base channels; 16 teaches and tests quickly")
+    add("--stem", choices=("auto", *STEMS), default="auto", help="first layers; auto: cifar up to 64 pixels")
+    add("--image_size", type=int, help="side of the views (default: the images'; 224 if they differ in size)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    text = "autocast type (default: bf16 on CUDA, fp32 on CPU); losses are always fp32"
+    add("--precision", choices=("fp32", "bf16", "fp16"), help=text)
+    return add

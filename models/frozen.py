@@ -28,8 +28,7 @@ class Teacher(nn.Module):
     """The previous task's backbone and projector, frozen: images -> projections [N, D].
 
     bn="eval" normalises with the statistics of the previous tasks; bn="batch" with those of the present
-    batch. Either way the running statistics stay what they were.
-    """
+    batch. Either way the running statistics stay what they were."""
 
     def __init__(self, backbone, projector, bn):
         super().__init__()
@@ -41,9 +40,8 @@ class Teacher(nn.Module):
         super().train(self.bn == "batch")
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.track_running_stats = (
-                    self.bn == "eval"
-                )  # off: batch statistics, and the buffers are left alone
+                # off: batch statistics, and the buffers are left alone
+                module.track_running_stats = self.bn == "eval"
         return self
 
     @torch.no_grad()

@@ -8,15 +8,8 @@ from torch import nn
 def mlp(dim_in, hidden, dim_out, norm=False):
     """Linear-[BN-]ReLU-Linear: MoCo's and SimCLR's projector without BN, CaSSLe's and PNR's predictor with
     it."""
-    layers = [
-        nn.Linear(dim_in, hidden),
-        nn.BatchNorm1d(hidden),
-        nn.ReLU(inplace=True),
-        nn.Linear(hidden, dim_out),
-    ]
-    if not norm:
-        del layers[1]
-    return nn.Sequential(*layers)
+    norms = [nn.BatchNorm1d(hidden)] if norm else []
+    return nn.Sequential(nn.Linear(dim_in, hidden), *norms, nn.ReLU(inplace=True), nn.Linear(hidden, dim_out))
 
 
 def deep_mlp(dim_in, hidden, dim_out):
@@ -31,8 +24,7 @@ class Queue(nn.Module):
     """First in, first out: one ring of unit rows for each of the two views, in buffers that are allocated
     once.
 
-    rows: [2, size, dim], random unit rows at first; pointer: where the oldest row lies.
-    """
+    rows: [2, size, dim], random unit rows at first; pointer: where the oldest row lies."""
 
     def __init__(self, size, dim):
         super().__init__()
@@ -42,10 +34,8 @@ class Queue(nn.Module):
     @torch.no_grad()
     def enqueue(self, view1, view2):
         """Overwrites the oldest rows with the normalised rows of a batch, [N, dim] for each view; N <= size,
-        wraps around.
-
-        In place: call it after backward, which still needs the old rows. The index stays on the device.
-        """
+        wraps around. In place: call it after backward, which still needs the old rows. The index stays on the
+        device."""
         n, size = len(view1), self.rows.shape[1]
         index = (self.pointer + torch.arange(n, device=self.rows.device)).remainder_(size)
         batch = F.normalize(torch.stack((view1, view2)), dim=-1).to(self.rows.dtype)

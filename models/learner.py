@@ -7,6 +7,8 @@ from torch import nn
 
 from models.parallel import full_precision, gather, sync_batch_norms, world_size
 
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast
+
 
 @dataclass
 class Outputs:
@@ -14,8 +16,8 @@ class Outputs:
 
     z: projections (of the student, or of the teacher, where the equations write f); h: the backbone's
     features; k: projections of the momentum encoder; q: what BYOL's own predictor makes of z; queue: [2, K,
-    D] unit rows of earlier batches, one set for each view; codes: FALCON's log-codes, once they are needed.
-    """
+    D] unit rows of earlier batches, one set for each view; codes: FALCON's log-codes, once they are
+    needed."""
 
     z: list
     h: list | None = None
@@ -29,9 +31,7 @@ class Outputs:
         given."""
         lists = {f.name: getattr(self, f.name) for f in fields(self)}
         lists = {name: views for name, views in lists.items() if isinstance(views, list)}
-        return replace(
-            self, **{name: [gather(full_precision(x)) for x in views] for name, views in lists.items()}
-        )
+        return replace(self, **{k: [gather(full_precision(x)) for x in views] for k, views in lists.items()})
 
 
 class Learner(nn.Module):

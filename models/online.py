@@ -14,8 +14,7 @@ class OnlineProbe(nn.Module):
     mode: in which the labelled images pass through the backbone. "clean", eval mode: the network is trained
     as without the probe. "released", as in the released PNR and CaSSLe code: training mode, also through the
     momentum encoder where the method has one, so that the running statistics of both see the classes of all
-    tasks, later ones too.
-    """
+    tasks, later ones too."""
 
     def __init__(self, feature_dim, num_classes, mode):
         super().__init__()

@@ -1,15 +1,9 @@
 """ResNet backbones from torchvision's blocks, with a choice of stem and of base width."""
 
 from torch import nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
+from torchvision.models import resnet
 
-BACKBONES = {
-    "resnet10": (BasicBlock, (1, 1, 1, 1)),
-    "resnet18": (BasicBlock, (2, 2, 2, 2)),
-    "resnet34": (BasicBlock, (3, 4, 6, 3)),
-    "resnet50": (Bottleneck, (3, 4, 6, 3)),
-}
-STEMS = ("cifar", "imagenet")
+from models import BACKBONES
 
 
 class ResNet(nn.Module):
@@ -17,8 +11,7 @@ class ResNet(nn.Module):
 
     At width 64 the state_dict is that of torchvision's resnet of the same name without fc. The "cifar" stem,
     for images of up to 64 pixels, is a 3x3 convolution of stride 1 and padding 2 without max-pooling, and
-    with torch's own initialisation, as in the released PNR and CaSSLe code.
-    """
+    with torch's own initialisation, as in the released PNR and CaSSLe code."""
 
     def __init__(self, block, layers, width=64, stem="imagenet"):
         super().__init__()
@@ -54,14 +47,13 @@ class ResNet(nn.Module):
 def _block(block, channels, planes, stride):
     downsample = None
     if stride != 1 or channels != planes * block.expansion:
-        downsample = nn.Sequential(
-            conv1x1(channels, planes * block.expansion, stride), nn.BatchNorm2d(planes * block.expansion)
-        )
+        out = planes * block.expansion
+        downsample = nn.Sequential(resnet.conv1x1(channels, out, stride), nn.BatchNorm2d(out))
     return block(channels, planes, stride, downsample)
 
 
 def build_backbone(name, width=64, stem="imagenet"):
-    """A ResNet of that name; see BACKBONES and STEMS. Bottleneck blocks keep torchvision's base width of 64
+    """A ResNet of that name; see models/__init__.py. Bottleneck blocks keep torchvision's base width of 64
     per group."""
     block, layers = BACKBONES[name]
-    return ResNet(block, layers, width, stem)
+    return ResNet(getattr(resnet, block), layers, width, stem)

@@ -1,7 +1,8 @@
-"""What the tests share: tiny settings, and the command line run in this process or in one of its own."""
+"""What the tests share: tiny settings, and the command line run in this process or in others."""
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,19 +12,23 @@ import torch
 import torch.multiprocessing as mp
 
 import main_cssl
-from losses import METHODS
-from utils import checkpoint
-from utils.run import STOP_SIGNALS
+import main_linear
+from losses import find
+from utils import checkpoint, distributed
+from utils.distributed import Process
+from utils.stop import SIGNALS, Stop
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+CPU = Process(torch.device("cpu"))
 BASE = "--backbone resnet10 --width 4 --image_size 8 --batch_size 32 --epochs 2 --log_every 3 --eval knn"
 BASE += " --device cpu"
+mp.get_context("forkserver").set_forkserver_preload(["main_cssl"])  # imported once for all
 
 
 def tiny(method):
     """Flags of a tiny run on digits with that method."""
-    return f"{BASE} --method {method} {METHODS[method].small}"
+    return f"{BASE} --method {method} {find(method).small}"
 
 
 TINY = tiny("moco")
@@ -34,17 +39,40 @@ def arguments(extra="", method="moco"):
     return main_cssl.parse_arguments(f"{tiny(method)} {extra}".split())
 
 
-def command(script, flags, **options):
-    """Runs a script of the project in a process of its own; flags is one string."""
-    call = [sys.executable, *([script] if script == "-m" else [str(ROOT / script)]), *flags.split()]
-    return subprocess.run(
-        call, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, **options
-    )
+def settled(extra="", method="moco", process=CPU):
+    """The same with all that they leave open settled; and (train, probe, test, tasks)."""
+    args = arguments(extra, method)
+    train, probe, test, tasks = main_cssl.build_data(args, process)
+    main_cssl.resolve(args, process, train, test, tasks)
+    return args, (train, probe, test, tasks)
 
 
-mp.get_context("forkserver").set_forkserver_preload(
-    ["main_cssl"]
-)  # imported once for all processes that the tests start
+def run(flags, script=main_cssl):
+    """Runs the script's main in this process; its exit status. Flags are one string."""
+    words = flags.split()
+    try:
+        args = script.parse_arguments(words)
+        other = words if script is main_linear else Stop("program")
+        return distributed.report_errors(lambda: script.main(args, other), "program")
+    except SystemExit as ended:
+        return ended.code
+
+
+def fails(capsys, flags, *names, script=main_cssl):
+    """Bad input: status 2, and one line that names the flags or files that are wrong."""
+    capsys.readouterr()
+    assert run(flags, script) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning:")]
+    assert len(error) == 1 and all(name in error[0] for name in names), error
+
+
+def start(flags, script="main_cssl.py", launcher="", **options):
+    """A script of the project in a process of its own, perhaps under torchrun with the launcher's flags."""
+    torchrun = f"-m torch.distributed.run --monitor-interval 0.1 {launcher} --" if launcher else ""
+    path = script if script.startswith("-m") else ROOT / script
+    call = [sys.executable, *f"{torchrun} {path} {flags}".split()]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(call, cwd=ROOT, env=ENVIRONMENT, **pipes, **options)
 
 
 def start_ranks(function, world, *args):
@@ -53,19 +81,35 @@ def start_ranks(function, world, *args):
     mp.start_processes(function, (world, *args), nprocs=world, start_method="forkserver")
 
 
-def run(flags, script=main_cssl):
-    """Runs the script's main in this process; its exit status. Flags are one string."""
-    return main_cssl.report_errors(lambda: script.main(script.parse_arguments(flags.split())), "program")
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def ranks_of(job):
+    """{rank: process id} of a torchrun's children that train."""
+    found = {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/stat") as status, open(f"/proc/{pid}/environ", "rb") as environment:
+                parent = int(status.read().rpartition(")")[2].split()[1])
+                variables = dict(line.partition(b"=")[::2] for line in environment.read().split(b"\0"))
+        except OSError:  # it has ended
+            continue
+        if parent == job.pid and b"RANK" in variables:
+            found[int(variables[b"RANK"])] = int(pid)
+    return found
 
 
 def outcome(folder):
     """What two equal runs have in common, to be compared with `same`: logs and results, byte for byte, and
     all weights."""
     networks = {path.name: torch.load(path) for path in folder.glob("task*.pt")}
-    parts = {
-        name: {part: network[part] for part in ("backbone", "heads")} for name, network in networks.items()
-    }
-    return parts | {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "results.json")}
+    parts = ("backbone", "heads", "online")
+    weights = {name: {p: net[p] for p in parts if p in net} for name, net in networks.items()}
+    logs = [folder / name for name in ("metrics.jsonl", "results.json")]
+    return weights | {path.name: path.read_bytes() for path in logs if path.exists()}
 
 
 def same(a, b):
@@ -87,12 +131,30 @@ def counters(folder):
     return None
 
 
+class Crash(BaseException):
+    """Stands for a process that ends at once."""
+
+
+def crash(monkeypatch, flags, when):
+    """Runs with a crash right after the first checkpoint of which when(its Run) is true."""
+    save = main_cssl.Run.save
+
+    def save_and_crash(self):
+        save(self)
+        if when(self):
+            raise Crash
+
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(main_cssl.Run, "save", save_and_crash)
+        run(flags)
+
+
 @pytest.fixture(autouse=True)
 def _as_found():
     """One thread, here and in ENVIRONMENT, so that all processes of a test compute the same bits; and
     pytest's signals back."""
     torch.set_num_threads(1)
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -1,255 +1,160 @@
-"""Bad input gets one line on stderr that says what is wrong, where, and what to do, and exit status 2."""
+"""Bad flags, networks and data sets: one line that names what is wrong, and exit status 2, before anything is
+written. data.check says all of it at once."""
 
-import re
+import shutil
 
-import numpy as np
 import pytest
 import torch
-from conftest import BASE, TINY, run
-from PIL import Image
+import trees
+from conftest import BASE, TINY, arguments, fails, run
 
-import main_cssl
 import main_linear
-from data.datasets import load_dataset
+from data import check
+from data.datasets import DOMAINS, load_dataset
+from losses.moco import MoCo
 
-
-def fails(capsys, flags, *words, script=main_cssl):
-    """Runs the script in this process; it must fail with status 2 and one line that holds all the words."""
-    try:
-        status = run(flags, script)
-    except SystemExit as ended:  # from argparse
-        status = ended.code
-    error = capsys.readouterr().err.strip().splitlines()
-    error = [line for line in error if not line.startswith(("decoding", "warning"))]
-    assert status == 2, error
-    assert len(error) == 1, error
-    for word in words:
-        assert word in error[0], error[0]
+BAD_FLAGS = """
+--dataset imagenette; --method dino; --regularizer ewc; --backbone vgg; --num_tasks 3; --epochs 0; --lr nan;
+--batch_size 512 --moco_queue_size 512; --batch_size 1; --moco_queue_size 16; --moco_tau 0; --blur_p 0 1.5;
+--out_dir /dev/null/run; --save_every soon; --mocoqueue 3; --init_from no.pt; --seed 9999999999999999999999;
+--teacher_bn eval --regularizer finetune; --cassle_weight -1 --regularizer cassle; --domain_order a b;
+--moco_tau 0.2 --method byol; --pnr_pseudo_negatives main --method byol; --falcon_codes 1 --method falcon
+"""
 
 
 @pytest.fixture
-def folders(tmp_path):
-    """train/ and test/ with two classes of four images each."""
-    rng = np.random.default_rng(0)
-    for split in ("train", "test"):
-        for name in ("ant", "bee"):
-            place = tmp_path / "data" / split / name
-            place.mkdir(parents=True)
-            for i in range(4):
-                Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(place / f"{i}.png")
-    return tmp_path / "data"
-
-
-def pixels(data, extra=""):
-    """uint8 [N, 3, H, W] of the training images."""
-    return load_dataset(main_cssl.parse_arguments(small(data, data / "run", extra).split()))[0].images
-
-
-def small(data, out, extra=""):
-    flags = f"--dataset cifar100 --data_dir {data} --out_dir {out} --num_tasks 2 --batch_size 4"
-    return f"{TINY} {flags} --moco_queue_size 8 {extra}"
-
-
-def test_good_folders_train(folders, tmp_path, capsys):
-    """The input that the other tests spoil is good."""
-    assert run(small(folders, tmp_path / "run")) == 0
-    assert (tmp_path / "run" / "results.json").exists()
-
-
-def test_missing_data(tmp_path, capsys):
-    fails(
-        capsys,
-        small(tmp_path / "nowhere", tmp_path / "run"),
-        "no CIFAR100 in",
-        "--download",
-        "train/<class>/",
-    )
-    (tmp_path / "empty" / "train").mkdir(parents=True)
-    fails(capsys, small(tmp_path / "empty", tmp_path / "run"), "holds no class folders")
+def bad(tmp_path, capsys):
+    """bad(flags, *names): refused with a line that holds all the names."""
+    base = f"{BASE} --out_dir {tmp_path / 'run'}"
+    yield lambda flags, *names: fails(capsys, f"{base} {flags}", *names)
     assert not (tmp_path / "run").exists()
 
 
-def test_class_folder_without_images(folders, tmp_path, capsys):
-    (folders / "train" / "cow").mkdir()
-    fails(capsys, small(folders, tmp_path / "run"), str(folders / "train" / "cow"), "holds no images")
+@pytest.mark.parametrize("flags", BAD_FLAGS.split(";") + ["--device cuda"] * (not torch.cuda.is_available()))
+def test_flags(bad, flags):
+    flag, value, *_ = flags.split()
+    bad(flags, value if value in ("/dev/null/run", "no.pt") else flag)
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda p: p.write_bytes(b""),
-        lambda p: p.write_bytes(p.read_bytes()[:60]),
-        lambda p: p.write_text("no"),
-    ],
-)
-def test_undecodable_image(folders, tmp_path, capsys, spoil):
-    path = folders / "train" / "bee" / "2.png"
-    spoil(path)
-    fails(capsys, small(folders, tmp_path / "run"), "cannot decode", str(path))
+def test_networks(tmp_path, bad, capsys):
+    assert run(f"{TINY} --num_tasks 1 --epochs 1 --eval none --out_dir {tmp_path / 'one'}") == 0
+    file, foreign = tmp_path / "one" / "task0.pt", tmp_path / "x.pt"
+    torch.save({"x": torch.ones(1)}, foreign)
+    flags = f"{TINY} --num_tasks 1 --init_from {file}"
+    bad(f"{flags} --width 8", str(file), "--width 8", "conv1.weight")
+    bad(f"{flags} --moco_dim 8", str(file), "projector")
+    bad(f"{flags} --num_tasks 5", str(file))  # another first task
+    fails(capsys, "", "--run", "--checkpoint", script=main_linear)
+    fails(capsys, f"--run {tmp_path}", "config.json", script=main_linear)
+    for path in (file, foreign, tmp_path / "no.pt"):
+        fails(capsys, f"--checkpoint {path} --dataset digits --width 8", str(path), script=main_linear)
 
 
-def test_odd_images_are_read(folders):
-    """Palette with transparency, grey, 16-bit grey and RGBA images become RGB; hidden files are passed
-    over."""
-    place = folders / "train" / "ant"
-    ramp = np.linspace(0, 65535, 64).reshape(8, 8)
-    Image.fromarray(ramp.astype(np.uint16)).save(place / "0.png")
-    Image.fromarray((ramp // 256).astype(np.uint8)).save(place / "1.png")
-    Image.new("P", (8, 8), 3).save(place / "2.png", transparency=b"\x00\x10")
-    Image.new("RGBA", (8, 8), (9, 8, 7, 100)).save(place / "3.png")
-    (place / "._0.png").write_bytes(b"metadata")
-    images = pixels(folders)
-    assert len(images) == 8 and torch.equal(images[0], images[1]) and images[3, :, 0, 0].tolist() == [9, 8, 7]
-
-
-def test_image_of_another_size(folders, tmp_path, capsys):
-    Image.new("RGB", (9, 8)).save(folders / "test" / "bee" / "2.png")
-    fails(capsys, small(folders, tmp_path / "run"), str(folders / "test" / "bee" / "2.png"), "9x8")
-
-
-def test_different_classes(folders, tmp_path, capsys):
-    (folders / "test" / "bee").rename(folders / "test" / "wasp")
-    fails(capsys, small(folders, tmp_path / "run"), "different classes", "bee, wasp")
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ("--dataset imagenette", ["--dataset", "'cifar100'"]),
-        ("--method dino", ["--method", "'moco'"]),
-        ("--regularizer ewc", ["--regularizer", "'cassle', 'pnr'"]),
-        ("--backbone vgg", ["--backbone", "'resnet18'"]),
-        ("--num_tasks 3", ["--num_tasks 3", "10 classes", "[1, 2, 5, 10]"]),
-        ("--batch_size 512 --moco_queue_size 512", ["--batch_size 512", "images"]),
-        ("--moco_queue_size 16", ["--moco_queue_size 16", "--batch_size 32"]),
-        ("--out_dir /dev/null/run", ["/dev/null/run", "cannot be written"]),
-        ("--epochs 0", ["--epochs", "a whole number from 1"]),
-        ("--lr nan", ["--lr", "a number above 0"]),
-        ("--moco_tau 0", ["--moco_tau", "a number above 0"]),
-        ("--blur_p 0 1.5", ["--blur_p", "from 0 to 1"]),
-        ("--save_every soon", ["--save_every", "90s"]),
-        ("--mocoqueue 3", ["unrecognized arguments: --mocoqueue"]),
-        ("--regularizer finetune --teacher_bn eval", ["unrecognized arguments: --teacher_bn"]),
-        ("--init_from nothing.pt", ["nothing.pt"]),
-        ("--method", ["--method", "expected one argument"]),
-        ("--seed 99999999999999999999", ["--seed", "a whole number"]),
-        ("--batch_size 1", ["--batch_size 1", "at least 2"]),
-        ("--method byol --moco_tau 0.2", ["unrecognized arguments"]),
-        ("--method byol --pnr_pseudo_negatives main", ["--pnr_pseudo_negatives", "both or none"]),
-        ("--method falcon --falcon_codes 1", ["--falcon_codes 1"]),
-        ("--cassle_weight -1 --regularizer cassle", ["--cassle_weight", "a number from 0"]),
-    ],
-)
-def test_bad_flags(tmp_path, capsys, flags, words):
-    base = BASE if "--method" in flags else TINY
-    fails(capsys, f"{base} --out_dir {tmp_path / 'run'} {flags}", *words)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_no_cuda(tmp_path, capsys):
-    fails(capsys, f"{TINY} --out_dir {tmp_path} --device cuda", "--device cuda", "--device cpu")
-
-
-def test_checkpoint_of_another_architecture(tmp_path, capsys):
-    flags = f"{TINY} --num_tasks 1 --epochs 1 --eval none --out_dir {tmp_path / 'one'}"
-    assert run(flags) == 0
-    file = tmp_path / "one" / "task0.pt"
-    fails(
-        capsys,
-        f"{TINY} --width 8 --init_from {file} --out_dir {tmp_path / 'two'}",
-        "another architecture",
-        "conv1.weight",
-        "--width 8",
-    )
-    fails(
-        capsys,
-        f"{TINY} --moco_dim 8 --init_from {file} --out_dir {tmp_path / 'two'}",
-        "another architecture",
-        "projector",
-    )
-    fails(capsys, f"--checkpoint {file} --backbone resnet18", "another architecture", script=main_linear)
-    capsys.readouterr()
-
-
-def test_main_linear_needs_a_network(tmp_path, capsys):
-    fails(capsys, "--protocol knn", "--run DIR or --checkpoint FILE", script=main_linear)
-    fails(capsys, f"--run {tmp_path}", "not a run folder", "config.json", script=main_linear)
-    fails(capsys, f"--checkpoint {tmp_path / 'x.pt'}", "no checkpoint", script=main_linear)
-    torch.save({"x": torch.ones(1)}, tmp_path / "x.pt")
-    fails(capsys, f"--checkpoint {tmp_path / 'x.pt'}", "--dataset", script=main_linear)
-    fails(
-        capsys,
-        f"--checkpoint {tmp_path / 'x.pt'} --dataset digits",
-        "another architecture",
-        script=main_linear,
-    )
-
-
-def test_diverged_run_names_step_task_and_checkpoint(tmp_path, capsys, monkeypatch):
-    """A NaN in the loss at a known step of the second task."""
-    from losses.moco import MoCo
-
-    ssl, calls = MoCo.ssl, []
-
-    def poisoned(self, out, negatives=None):
-        calls.append(0)
-        return ssl(self, out, negatives) * (float("nan") if len(calls) == 50 else 1.0)
-
-    monkeypatch.setattr(MoCo, "ssl", poisoned)
-    flags = f"{TINY} --num_tasks 2 --out_dir {tmp_path / 'run'} --log_every 10"
-    fails(capsys, flags, "not finite at step 49", "task 1", str(tmp_path / "run" / "last.pt"))
-    monkeypatch.undo()
+def test_a_loss_that_is_not_finite(tmp_path, capsys, monkeypatch):
+    """Its step, in the second task, and the checkpoint to go on from are named."""
+    ssl, losses = MoCo.ssl, iter([1.0] * 29 + [float("nan")] + [1.0] * 99)
+    monkeypatch.setattr(MoCo, "ssl", lambda *args, **more: ssl(*args, **more) * next(losses))
+    flags = f"{TINY} --num_tasks 2 --epochs 1 --eval none --out_dir {tmp_path}"
+    fails(capsys, flags, "step 29", "task 1", str(tmp_path / "last.pt"))
     assert run(flags) == 0
 
 
-def test_cache(folders, tmp_path, capsys):
-    """Decoded once; a stale, truncated or damaged cache is made again; one that cannot be written is done
-    without."""
-    first = pixels(folders)
-    cache = next(folders.glob(".cifar100_train_*.cache"))
-    written = cache.stat().st_mtime_ns
-    assert torch.equal(pixels(folders), first) and cache.stat().st_mtime_ns == written
-    whole = cache.read_bytes()
-    middle = len(whole) // 2
-    for damaged in (whole[:middle], b"", whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]):
-        cache.write_bytes(damaged)
-        assert torch.equal(pixels(folders), first)
-        assert re.search("warning: cache .* is damaged", capsys.readouterr().err)
-    Image.new("RGB", (8, 8), (1, 2, 3)).save(folders / "train" / "ant" / "0.png")
-    changed = pixels(folders)
-    assert changed[0, :, 0, 0].tolist() == [1, 2, 3] and torch.equal(changed[1:], first[1:])
-    cache.unlink()
-    cache.mkdir()  # stands for a place that cannot be written, also to root
-    assert torch.equal(pixels(folders), changed)
-    assert "--cache_dir" in capsys.readouterr().err
-    assert torch.equal(pixels(folders, f"--cache_dir {tmp_path / 'elsewhere'}"), changed)
-    assert len(list((tmp_path / "elsewhere").glob("*.cache"))) == 2
-
-
-def test_torchvision_layout(tmp_path, capsys, monkeypatch):
-    """Its files are read as they are, and are refused where a checksum is not the known one: nothing foreign
-    is unpickled."""
-    import pickle
-
-    from torchvision.datasets import CIFAR100
-
-    rng, place = np.random.default_rng(0), tmp_path / "cifar-100-python"
-    place.mkdir()
-    names = [f"class{i}" for i in range(100)]
-    pixels = rng.integers(0, 256, (200, 3072), dtype=np.uint8)
-    for split in ("train", "test"):
-        (place / split).write_bytes(
-            pickle.dumps({"data": pixels, "fine_labels": [i % 100 for i in range(200)]})
-        )
-    (place / "meta").write_bytes(pickle.dumps({"fine_label_names": names}))
-    flags = f"{TINY} --dataset cifar100 --data_dir {tmp_path} --num_tasks 5"
-    fails(capsys, flags, "no CIFAR100 in", "--download")
-    monkeypatch.setattr(CIFAR100, "_check_integrity", lambda self: True)
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: True)
-    train, _, test = load_dataset(main_cssl.parse_arguments(flags.split()))
-    assert (
-        train.classes == names
-        and train.images.shape == (200, 3, 32, 32)
-        and test.labels.tolist() == [i % 100 for i in range(200)]
+def test_domainnet(tmp_path, bad):
+    flags = (
+        f"--dataset domainnet --scenario domain --data_dir {trees.domainnet(tmp_path, domains=DOMAINS[:2])}"
     )
-    assert torch.equal(train.images[7], torch.from_numpy(pixels[7].reshape(3, 32, 32)))
+    bad(flags, str(tmp_path / DOMAINS[2]))
+    bad(f"{flags} --domain_order cartoon", "--domain_order cartoon")
+    bad(f"{flags} --domain_order real real", "--domain_order")
+    bad(f"{flags} --domain_order real quickdraw --num_tasks 3", "--num_tasks")
+    shutil.rmtree(tmp_path / "quickdraw")
+    bad(f"{flags} --domain_order real quickdraw", str(tmp_path / "quickdraw"))
+    good = (tmp_path / "real_train.txt").read_text()
+    lines = "real/class0/0.jpg 345; real/class0/0.jpg -1; real/class0/0.jpg; real/class1/0.jpg 0"
+    for line in f"{lines}; ../../class0/0.jpg 0; /etc/class0/0.jpg 0".split("; "):
+        (tmp_path / "real_train.txt").write_text(f"{good}{line}\n")
+        bad(f"{flags} --domain_order real", "real_train.txt, line 13")
+
+
+def test_imagenet(tmp_path, bad):
+    names = trees.IMAGENET100.split()
+    few = trees.fill(tmp_path / "few", "train val", " ".join(names[2:]), count=1)
+    bad(f"--dataset imagenet100 --data_dir {few}", str(few / "train"), *names[:2])
+    bad(f"--dataset imagenet --data_dir {few}", str(few / "train"), "98", "--dataset folder")
+    root = trees.fill(tmp_path / "whole", "train val", trees.IMAGENET100, count=1)
+    bad(f"--dataset imagenet100 --data_dir {root} --download", "--download")
+    shutil.rmtree(root / "val")
+    trees.fill(root, "val", count=3)  # unsorted
+    bad(f"--dataset imagenet100 --data_dir {root}", str(root / "val"))
+
+
+def test_folder(tmp_path, bad):
+    tasks = trees.fill(tmp_path / "tasks", "train test", "x y z", "ant bee", count=4)
+    plain = trees.fill(tmp_path / "plain", "train test", "ant bee", count=4)
+    flags = "--dataset folder --batch_size 2 --data_dir"
+    bad(f"{flags} {tmp_path / 'nowhere'}", "nowhere")
+    bad(f"{flags} {plain} --num_tasks 2 --batch_size 16", "--batch_size 16")
+    bad(f"{flags} {plain} --scenario domain", str(plain / "train"), "--scenario domain")
+    bad(f"{flags} {plain} --domain_order ant", "--domain_order")
+    (tasks / "train" / "y" / "bee").rename(tasks / "train" / "y" / "cow")
+    bad(f"{flags} {tasks} --scenario domain", str(tasks / "train" / "x"), "cow")
+    shutil.rmtree(tasks / "train" / "y")
+    bad(f"{flags} {tasks} --scenario domain", str(tasks), "(y ")
+    (plain / "test" / "bee").rename(plain / "test" / "wasp")
+    bad(f"{flags} {plain}", str(plain), "bee, wasp")
+    trees.fill(plain, "train", "ant", "deep", count=1)
+    bad(f"{flags} {plain}", "bee/3.JPEG", "ant/deep/0.JPEG")
+    shutil.rmtree(plain / "train")
+    bad(f"{flags} {plain}", "train/", "test/")
+    unlabelled = trees.fill(tmp_path / "unlabelled", "a", count=4)
+    bad(f"{flags} {unlabelled}", "--scenario class", "--num_tasks 1")
+    bad(f"{flags} {unlabelled} --scenario data --num_tasks 5", "--num_tasks 5")
+    bad(f"{flags} {unlabelled} --num_tasks 1 --online_probe clean", "--online_probe", "--probe_data_dir")
+
+
+def test_small_images(tmp_path, bad, capsys):
+    """--skip_corrupt leaves files out of what is held in memory, with or without a cache, new or old."""
+    root = trees.small(tmp_path / "data", classes=10, count=4)
+    path, flags = root / "train" / "003" / "1.png", f"--dataset cifar100 --batch_size 4 --data_dir {root}"
+    (path.parent / "._1.png").write_bytes(b"metadata of a file system")  # hidden files are passed over
+    assert load_dataset(arguments(flags))[0].images.shape == (40, 3, 8, 8)
+    trees.spoil(path, b"")
+    bad(flags, str(path), "--skip_corrupt")
+    for cache in ("", f"--cache {tmp_path}", f"--cache {tmp_path}"):
+        train, *_ = load_dataset(arguments(f"{flags} --skip_corrupt {cache}"))
+        assert len(train.images) == len(train.labels) == 39 and (train.labels == 3).sum() == 3
+        assert str(path) in capsys.readouterr().err
+    assert run(f"{TINY} {flags} --epochs 1 --eval none --skip_corrupt --out_dir {tmp_path / 'one'}") == 0
+    trees.spoil(path, trees.encode(trees.picture(0, 8, 9), "PNG"))
+    bad(flags, str(path), "9x8")
+    path.parent.rename(root / "train" / "wasp")
+    bad(flags, str(root), "003, wasp")
+    (root / "train" / "cow").mkdir()
+    bad(flags, str(root / "train" / "cow"))
+    shutil.rmtree(root / "train")
+    bad(flags, str(root / "train"))
+    bad(f"{flags} --data_dir {tmp_path / 'nowhere'}", "--data_dir", "--download", "nowhere")
+
+
+def test_check(tmp_path, capsys):
+    """Reports all that is there and all that is wrong; its status says whether training would run."""
+
+    def checked(flags, status, *words):
+        assert check.main(check.parse_arguments(flags.split())) == status
+        out = capsys.readouterr().out
+        assert all(word in out for word in words), out
+
+    flags = f"--dataset domainnet --data_dir {trees.domainnet(tmp_path)} --scenario domain --batch_size"
+    checked(f"{flags} 4", 0, "train: 72 images", "345 classes", "sketch: 12 images of 4 classes", "class2 18")
+    checked(f"{flags} 13", 2, "--batch_size 13")
+    checked("--dataset digits --num_tasks 3 --batch_size 32", 2, "--num_tasks 3")
+    root = trees.fill(tmp_path / "plain", "train test", "ant bee", count=4)
+    paths = [root / "train/ant/0.JPEG", root / "train/bee/2.JPEG", root / "test/ant/1.JPEG"]
+    for path, content in zip(paths, (b"", b"no image", paths[2].read_bytes()[:400])):
+        trees.spoil(path, content)
+    flags = f"--dataset folder --data_dir {root} --batch_size 2 --num_tasks 2"
+    checked(flags, 2, "--skip_corrupt", *(f"{path} (" for path in paths))
+    checked(f"{flags} --skip_corrupt", 0)
+    root = trees.small(tmp_path / "small", classes=2, count=4)
+    trees.spoil(root / "test/001/2.png", trees.encode(trees.picture(0, 8, 9), "PNG"))
+    checked(f"--dataset cifar100 --data_dir {root} --num_tasks 2 --batch_size 4", 2, "001/2.png: 9x8")

@@ -1,13 +1,13 @@
-"""Splits, metrics on hand-computed matrices, the probe and k-NN."""
+"""Metrics on hand-computed matrices, the probe and k-NN against plain loops, and the collapse monitors."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import arguments
+from conftest import same
 
-from models import build_backbone
+from models.resnet import build_backbone
 from utils import evaluate
-from utils.collapse import health
+from utils.collapse import collapse_metrics
 
 MATRIX = [[80.0, 20.0, 30.0], [70.0, 90.0, 40.0], [60.0, 85.0, 95.0]]
 
@@ -18,21 +18,18 @@ def test_metrics_by_hand():
     assert evaluate.forward_transfer(MATRIX, [10.0, 15.0, 20.0]) == ((20 - 15) + (40 - 20)) / 2
     # after task 0: (20 - 50 + 30 - 60) / 2 = -30; after task 1: 40 - 60 = -20
     assert evaluate.plasticity(MATRIX, [40.0, 50.0, 60.0]) == -25
-    # a task that gets better after it was learned was never forgotten, but does not count as less than
-    # nothing
+    # a task that gets better after it was learned was never forgotten, but counts as no less than nothing
     assert evaluate.forgetting([[50.0, 0.0], [60.0, 70.0]]) == 0
 
 
 def test_what_is_not_known_is_null():
-    block = evaluate.summary(MATRIX, 3, "words", None)
-    assert block["plasticity"] is None and block["forward_transfer"] is None and block["tasks"] == 3
-    one = evaluate.summary([[80.0]], 1, "words", [10.0])
-    assert one["average_accuracy"] == 80 and one["forgetting"] is None and one["forward_transfer"] is None
-    partial = evaluate.summary(MATRIX[:2], 3, "words", [10.0, 15.0, 20.0])
-    assert (
-        partial["average_accuracy"] == 80 and partial["forgetting"] == 10 and partial["forward_transfer"] == 5
-    )
-    assert partial["matrix"] == MATRIX[:2]
+    """Without a random backbone's row, after one task, and after two of three."""
+    cases = [(MATRIX, None, (80, 12.5, None)), ([[80.0]], [10.0], (80, None, None))]
+    cases += [(MATRIX[:2], [10.0, 15.0, 20.0], (80, 10, 5))]
+    for matrix, random_row, expected in cases:
+        block = evaluate.summary(matrix, 3, "words", random_row)
+        assert tuple(block[x] for x in ("average_accuracy", "forgetting", "forward_transfer")) == expected
+        assert (block["plasticity"], block["matrix"], block["tasks"]) == (None, matrix, 3)
 
 
 def test_accuracy_row():
@@ -43,83 +40,60 @@ def test_accuracy_row():
     assert evaluate.accuracy_row(predictions, labels, parts) == [66.6667, 100.0]
 
 
-def test_knn_against_a_loop():
+@pytest.mark.parametrize("k", [7, 200])  # 200: all of them
+def test_knn_against_a_loop(k, monkeypatch):
+    monkeypatch.setattr(evaluate, "KNN_CHUNK", 6)
     torch.manual_seed(0)
     train, labels, test = torch.randn(50, 8), torch.randint(0, 4, (50,)), torch.randn(20, 8)
-    got = evaluate.knn(train, labels, test, 4, k=7, temperature=0.07, chunk=6)
-    for x, prediction in zip(test, got):
-        cosine = F.cosine_similarity(x[None], train)
-        votes = torch.zeros(4, dtype=torch.float64)
-        for i in cosine.argsort(descending=True)[:7]:
-            votes[labels[i]] += (cosine[i].double() / 0.07).exp()
+    found = evaluate.knn(train, labels, test, 4, k=k, temperature=0.5)
+    for x, prediction in zip(test, found, strict=True):
+        cosine, votes = F.cosine_similarity(x[None], train).double(), torch.zeros(4).double()
+        for i in cosine.argsort(descending=True)[:k]:
+            votes[labels[i]] += (cosine[i] / 0.5).exp()
         assert prediction == votes.argmax()
-    assert evaluate.knn(train, labels, test, 4, k=200).shape == (20,)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_linear_probe_against_torch(momentum):
-    """The same softmax regression as a plain loop over the same batches."""
+def test_linear_probe_against_a_loop(momentum):
+    """The same softmax regression, its gradient written out, over the same batches."""
     torch.manual_seed(0)
-    x = torch.randn(600, 5)
-    y = (x @ torch.randn(5, 3)).argmax(1)
-    everything = torch.ones(600, dtype=torch.bool)
-    (got,) = evaluate.linear_probe(
-        lambda _: x, y, [everything], x, 3, lr=0.5, momentum=momentum, seed=1, epochs=10
-    )
-    w, b = torch.zeros(3, 5, requires_grad=True), torch.zeros(3, requires_grad=True)
-    rng, speed = torch.Generator().manual_seed(1), [torch.zeros(3, 5), torch.zeros(3)]
-    for epoch in range(10):
-        lr = 0.5 * (1 if epoch < 6 else 0.1 if epoch < 8 else 0.01)
-        order = torch.randperm(600, generator=rng)
-        for batch in order.split(256):
-            grads = torch.autograd.grad(F.cross_entropy(x[batch] @ w.T + b, y[batch]), [w, b])
-            with torch.no_grad():
-                for p, g, v in zip((w, b), grads, speed):
-                    p -= lr * v.mul_(momentum).add_(g)
-    expected = (x @ w.T + b).argmax(1)
-    assert (got == expected).float().mean() > 0.99 and (got == y).float().mean() > 0.9
+    x, everything = torch.randn(600, 5).double(), torch.ones(600, dtype=torch.bool)
+    y, inputs = (x @ torch.randn(5, 3).double()).argmax(1), F.pad(x, (0, 1), value=1)
+    (found,) = evaluate.linear_probe(lambda epoch: (x, y), [everything], x, 3, 0.5, momentum, 1, epochs=10)
+    rng, (w, v) = torch.Generator().manual_seed(1), torch.zeros(2, 6, 3).double()
+    for lr in [0.5] * 6 + [0.05] * 2 + [0.005] * 2:
+        for batch in torch.randperm(600, generator=rng).split(256):
+            error = (inputs[batch] @ w).softmax(dim=1) - F.one_hot(y[batch], 3)
+            v = momentum * v + inputs[batch].T @ error / len(batch)
+            w -= lr * v
+    assert torch.equal(found, (inputs @ w).argmax(1)) and (found == y).double().mean() > 0.9
 
 
 def test_evaluation_leaves_the_backbone_alone():
     """No tensor changes, the mode comes back, and a backbone that does change is caught."""
-    backbone = build_backbone("resnet10", 4, "cifar").train()
-    images = torch.randn(40, 3, 8, 8)
+    backbone, images = build_backbone("resnet10", 4, "cifar").train(), torch.randn(40, 3, 8, 8)
+    batches = list(zip(images.split(16), torch.arange(40).split(16)))
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
-    features = evaluate.extract(backbone, images.split(16))
-    assert features.shape == (40, 32) and backbone.training
+    features, labels = evaluate.extract_features(backbone, batches)
+    assert backbone.training and same(before, dict(backbone.state_dict()))
     torch.testing.assert_close(features, backbone.eval()(images))
-    assert all(torch.equal(before[k], v) for k, v in backbone.state_dict().items())
-
-    def drift():
-        for part in images.split(16):
-            backbone.bn1.running_mean.add_(1)
-            yield part
-
+    assert torch.equal(labels, torch.arange(40))
+    drifting = (batch for batch in batches if backbone.bn1.running_mean.add_(1) is not None)
     with pytest.raises(AssertionError, match="changed the backbone"):
-        evaluate.extract(backbone, drift())
-
-
-@pytest.mark.parametrize("protocol", ["linear", "knn"])
-def test_classify_learns_separable_classes(protocol):
-    torch.manual_seed(0)
-    y = torch.arange(400) % 4
-    x = F.one_hot(y, 4) + 0.1 * torch.randn(400, 4)
-    args, known = arguments(f"--eval {protocol} --probe_lr 0.5"), torch.arange(300) < 200
-    both = evaluate.classify(args, evaluate.ALONE, lambda _: x[:300], y[:300], [known, ~known], x[300:], 4)
-    assert all(torch.equal(predictions, y[300:]) for predictions in both)
+        evaluate.extract_features(backbone, drifting)
 
 
 def test_collapse_monitors():
     """Each falls to its floor when its collapse is there, and reads high when it is not."""
     torch.manual_seed(0)
-    x, even = torch.randn(2000, 8), torch.arange(2000) % 10
-    good, values = health(x, (even, 10))
+    x, even, none = torch.randn(2000, 8), torch.arange(2000) % 10, torch.zeros(2000).long()
+    good, values = collapse_metrics(x, (even, 10))
     assert good["feature_std"] > 0.95 and good["effective_rank"] > 7.9 and good["code_entropy"] > 0.999
     assert good["intracluster_variance"] > 0.95
     torch.testing.assert_close(values.float(), torch.linalg.svdvals(x - x.mean(0)), rtol=1e-4, atol=1e-4)
-    assert health(x * 0.01 + 1)[0]["feature_std"] < 0.05
-    assert health(x[:, :2] @ torch.randn(2, 8))[0]["effective_rank"] < 2.01
-    assert health(x, (torch.zeros(2000, dtype=torch.long), 10))[0]["code_entropy"] == 0
-    dead, _ = health(torch.ones(50, 8), (torch.zeros(50, dtype=torch.long), 10))
+    assert collapse_metrics(x * 0.01 + 1)[0]["feature_std"] < 0.05
+    assert collapse_metrics(x[:, :2] @ torch.randn(2, 8))[0]["effective_rank"] < 2.01
+    assert collapse_metrics(x, (none, 10))[0]["code_entropy"] == 0
+    dead, _ = collapse_metrics(torch.ones(50, 8), (none[:50], 10))
     assert dead == {"feature_std": 0, "effective_rank": 1, "code_entropy": 0, "intracluster_variance": 0}
-    assert health(torch.randn(10, 8)[even], (even, 10))[0]["intracluster_variance"] < 1e-6
+    assert collapse_metrics(torch.randn(10, 8)[even], (even, 10))[0]["intracluster_variance"] < 1e-6

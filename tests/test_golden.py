@@ -1,196 +1,116 @@
-"""The losses, LARS and the schedules against numbers that the released code gave (see golden/README.md)."""
+"""The losses, LARS and the schedules give the numbers that the released code gave (see golden/README.md)."""
 
 import os
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import arguments
+from conftest import arguments, settled
 
-import main_cssl
-from losses import METHODS, REGULARIZERS
+from losses import find
 from losses.falcon import falcon_loss
-from models import build_backbone
 from models.frozen import ema_tau
 from models.learner import Outputs
-from utils.optim import LARS, warmup_cosine
+from models.resnet import build_backbone
+from utils.optim import LARS, set_lr, warmup_cosine
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 FILES = sorted(FOLDER.glob("losses_*.npz"))
-CHECKED = {}  # file -> keys that a test compared or read
-RTOL = 1e-9
+assert FILES, f"no losses_*.npz in {FOLDER}"
 
 
-class Golden:
-    """One file: tensors by key, with a note of which keys were used."""
+class Golden(dict):
+    """One file: tensors by key, with a note of which keys were read or compared."""
 
     def __init__(self, path):
-        self.arrays = np.load(path)
-        self.used = CHECKED.setdefault(path.name, set())
+        super().__init__(np.load(path))
+        self.used = set()
 
     def __getitem__(self, key):
         self.used.add(key)
-        return torch.tensor(self.arrays[key])
+        return torch.tensor(super().__getitem__(key))
 
-    def leaves(self, *names):
-        return [[self[f"in_{name}{v}"].requires_grad_() for v in (1, 2)] for name in names]
+    def compare(self, key, got, **views):
+        """Also its gradients that the file has: for z=[z1, z2] KEY_grad_z1 and KEY_grad_z2."""
+        got, want = torch.as_tensor(got, dtype=torch.float64), self[key]
+        near = {"rtol": 1e-9, "atol": 1e-9 * float(want.abs().max()) if "_grad_" in key else 0.0}
+        torch.testing.assert_close(got.detach(), want, **near, msg=lambda m: f"{key}: {m}")
+        for name, x in [(f"{name}{v}", x) for name, pair in views.items() for v, x in enumerate(pair, 1)]:
+            if (gradient := f"{key.partition('_beta')[0]}_grad_{name}") in self:
+                self.compare(gradient, torch.autograd.grad(got, x, retain_graph=True)[0])
 
-    def check(self, name, value, **leaves):
-        """value, and the gradient for each leaf that the file has one of, e.g. z=[z1, z2] for name_grad_z1,
-        name_grad_z2."""
-        torch.testing.assert_close(value.detach(), self[name], rtol=RTOL, atol=0)
-        wanted = [(f"{name}_grad_{k}{v + 1}", x) for k, pair in leaves.items() for v, x in enumerate(pair)]
-        wanted = [(key, x) for key, x in wanted if key in self.arrays]
-        assert wanted or not leaves, f"{name} has no gradient to compare"
-        grads = torch.autograd.grad(value, [x for _, x in wanted]) if wanted else []
-        for (key, _), grad in zip(wanted, grads):
-            torch.testing.assert_close(grad, self[key], rtol=RTOL, atol=1e-9 * float(self[key].abs().max()))
-
-
-@pytest.fixture(params=FILES, ids=lambda path: path.stem)
-def golden(request):
-    return Golden(request.param)
-
-
-def method_and_outputs(golden, name):
-    """The method with the file's temperatures; Outputs of the student, of the teacher and of the predictor
-    g."""
-    tau = (
-        f"--{name}_tau {golden['T']} --{name}_tau_distill {golden['Td']}"
-        if name in ("moco", "simclr")
-        else ""
-    )
-    method = METHODS[name](build_backbone("resnet10", 4, "cifar"), arguments(tau, name))
-    z, k, f, g, b = golden.leaves("z", "k", "zo", "g", "b")
-    out, old, pred = Outputs(z=z, k=k, q=b), Outputs(z=f), Outputs(z=g)
-    if name == "moco":
-        out.queue, old.queue = golden["in_queue"], golden["in_queue_old"]
-    return method, out, old, pred
+    def compare_method(self, name):
+        """Its loss, CaSSLe's term and PNR's terms, by the regularisers' code and with the default weights."""
+        contrastive = name in ("moco", "simclr")
+        tau = f"--{name}_tau {self['T']} --{name}_tau_distill {self['Td']}" if contrastive else ""
+        method = find(name)(build_backbone("resnet10", 4, "cifar"), arguments(tau, name))
+        z, k, f, g, b = ([self[f"in_{x}{v}"].requires_grad_() for v in (1, 2)] for x in "z k zo g b".split())
+        student, teacher, predicted = Outputs(z=z, k=k, q=b), Outputs(z=f), Outputs(z=g)
+        if name == "moco":
+            student.queue, teacher.queue = self["in_queue"], self["in_queue_old"]
+        regularizers = [find(key)(arguments(f"--regularizer {key}")) for key in ("finetune", "cassle", "pnr")]
+        plain, cassle, pnr = (r.losses(method, student, predicted, teacher) for r in regularizers)
+        self.compare(name, plain["ssl"], z=z, b=b)
+        self.compare("contrastive_cassle" if contrastive else f"{name}_cassle", cassle["distill"], g=g)
+        # PNR's terms replace the loss of contrastive methods, and in the file stand without that of others
+        own = [pnr["ssl"], pnr["align"]] if contrastive else [pnr["distill"], pnr["pseudo_negatives"]]
+        self.compare(f"{name}_pnr", sum(own), z=z, g=g)
+        assert cassle["ssl"].equal(plain["ssl"]) and (contrastive or pnr["ssl"].equal(plain["ssl"]))
 
 
-def terms(regularizer, method, out, old, pred):
-    """The named terms that the regulariser's own code makes of them."""
-    return REGULARIZERS[regularizer](arguments(f"--regularizer {regularizer}")).losses(method, out, pred, old)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_number_of_the_file(path):
+    golden = Golden(path)
+    for name in ("moco", "simclr", "byol", "vicreg", "barlow"):
+        golden.compare_method(name)
+    for key in [key for key in golden if key.startswith("falcon_beta")]:  # z are its logits
+        z = [golden[f"in_z{v}"].requires_grad_() for v in (1, 2)]
+        golden.compare(key, falcon_loss(*z, beta=float(key.removeprefix("falcon_beta"))), z=z)
+    for exclude in (False, True):
+        w, b = torch.nn.Parameter(golden["lars_w0"]), torch.nn.Parameter(golden["lars_b0"])
+        optimizer = LARS([w, b], lr=0.6, momentum=0.9, weight_decay=1e-4, exclude_bias_n_norm=exclude)
+        for w.grad, b.grad in zip(golden["lars_gw"], golden["lars_gb"]):
+            optimizer.step()
+        golden.compare(f"lars_w3_excl{exclude:d}", w)
+        golden.compare(f"lars_b3_excl{exclude:d}", b)
+    golden.compare("warmup_cosine_lr", [warmup_cosine(epoch, 0.6, 40) for epoch in range(40)])
+    golden.compare("tau_every10of100", [ema_tau(tenth / 10, 0.99, 0.999) for tenth in range(11)])
+    assert sorted(golden.keys() - golden.used) == [], "numbers that nothing compares"
 
 
-@pytest.mark.parametrize("name", ["moco", "simclr", "byol", "vicreg", "barlow"])
-def test_ssl(golden, name):
-    method, out, old, pred = method_and_outputs(golden, name)
-    golden.check(
-        name,
-        terms("finetune", method, out, old, pred)["ssl"],
-        **({"b": out.q} if name == "byol" else {"z": out.z}),
-    )
-
-
-@pytest.mark.parametrize("name", ["moco", "simclr", "byol", "vicreg", "barlow"])
-def test_cassle(golden, name):
-    """The distillation term alone; the SSL term beside it is that of fine-tuning."""
-    method, out, old, pred = method_and_outputs(golden, name)
-    parts = terms("cassle", method, out, old, pred)
-    key = "contrastive_cassle" if name in ("moco", "simclr") else f"{name}_cassle"
-    golden.check(key, parts["distill"], g=pred.z) if f"{key}_grad_g1" in golden.arrays else golden.check(
-        key, parts["distill"]
-    )
-    torch.testing.assert_close(parts["ssl"], method.ssl(out), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("name", ["moco", "simclr"])
-def test_pnr_contrastive(golden, name):
-    """Both terms together, which replace the SSL loss."""
-    method, out, old, pred = method_and_outputs(golden, name)
-    golden.check(f"{name}_pnr", sum(terms("pnr", method, out, old, pred).values()), z=out.z, g=pred.z)
-
-
-@pytest.mark.parametrize("name", ["byol", "vicreg", "barlow"])
-def test_pnr_non_contrastive(golden, name):
-    """The regularisation: distillation minus lambda_neg x pseudo-negatives, with the paper's lambda_neg as
-    default."""
-    method, out, old, pred = method_and_outputs(golden, name)
-    parts = terms("pnr", method, out, old, pred)
-    golden.check(f"{name}_pnr", parts["distill"] + parts["pseudo_negatives"], g=pred.z)
-
-
-def test_falcon(golden):
-    """The file takes z as logits; the key's number is beta."""
-    for key in [key for key in golden.arrays if key.startswith("falcon_beta")]:
-        logits = golden.leaves("z")[0]
-        loss = falcon_loss(*logits, beta=float(key.removeprefix("falcon_beta")))
-        golden.check(key, loss)
-        for v, gradient in enumerate(torch.autograd.grad(loss, logits)):
-            if (name := f"falcon_grad_z{v + 1}") in golden.arrays:
-                torch.testing.assert_close(
-                    gradient, golden[name], rtol=RTOL, atol=1e-9 * float(gradient.abs().max())
-                )
-
-
-@pytest.mark.parametrize("exclude", [False, True])
-def test_lars(golden, exclude):
-    w, b = torch.nn.Parameter(golden["lars_w0"]), torch.nn.Parameter(golden["lars_b0"])
-    optimizer = LARS([w, b], lr=0.6, momentum=0.9, weight_decay=1e-4, exclude_bias_n_norm=exclude)
-    for gw, gb in zip(golden["lars_gw"], golden["lars_gb"]):
-        w.grad, b.grad = gw.clone(), gb.clone()
-        optimizer.step()
-    torch.testing.assert_close(w.detach(), golden[f"lars_w3_excl{exclude:d}"], rtol=RTOL, atol=0)
-    torch.testing.assert_close(b.detach(), golden[f"lars_b3_excl{exclude:d}"], rtol=RTOL, atol=0)
-
-
-def test_lars_outlives_a_skipped_step():
+def test_lars_outlives_a_skipped_step(monkeypatch):
     """Where GradScaler skips an optimiser's first step, the next one starts from zero momentum."""
+    monkeypatch.setattr(torch, "empty_like", lambda x, **_: torch.full_like(x, torch.nan))
     results = []
     for skipped in (0, 1):
         w = torch.nn.Parameter(torch.ones(3, 3))
-        optimizer = LARS([w], lr=0.1, fused=True)
-        scaler = torch.amp.GradScaler("cpu")
+        optimizer, scaler = LARS([w], lr=0.1, fused=True), torch.amp.GradScaler("cpu")
         for factor in [float("inf")] * skipped + [1.0, 2.0]:
-            scaler.scale((factor * w).sum()).backward()
-            scaler.unscale_(optimizer)
-            scaler.step(optimizer)
-            scaler.update()
             optimizer.zero_grad()
-        results.append(w.detach().clone())
+            scaler.scale((factor * w).sum()).backward()
+            scaler.unscale_(optimizer), scaler.step(optimizer), scaler.update()
+        results.append(w.detach())
     torch.testing.assert_close(*results)
 
 
-def test_schedules(golden):
-    lrs = torch.tensor([warmup_cosine(epoch, 0.6, 40) for epoch in range(40)], dtype=torch.float64)
-    torch.testing.assert_close(lrs, golden["warmup_cosine_lr"], rtol=RTOL, atol=0)
-    taus = torch.tensor([ema_tau(step / 100, 0.99, 0.999) for step in range(0, 101, 10)], dtype=torch.float64)
-    torch.testing.assert_close(taus, golden["tau_every10of100"], rtol=RTOL, atol=0)
-
-
-def rate(args, epoch, step):
-    """The learning rate of a step in epochs of 39 steps, as the loop sets it."""
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+def rates(flags, method="moco"):
+    """The learning rate at each step of a run on 39 batches."""
+    (args, _), found = settled(flags, method), []
+    optimizer = torch.optim.SGD([torch.zeros(1)])
     optimizer.param_groups[0]["base_lr"] = args.lr * args.batch_size / 256
-    return main_cssl.set_lr(optimizer, args, epoch, step, 39)
+    for epoch, step in np.ndindex(args.epochs, 39):
+        set_lr(optimizer, args, find(method).warmup_start_lr, epoch, step, 39)
+        found.append(optimizer.param_groups[0]["lr"])
+    return np.array(found)
 
 
 def test_schedule_of_a_run():
-    """At the papers' lengths the released one, every epoch; in short runs and for FALCON one without jumps,
-    every step."""
-    args = arguments("--epochs 500 --batch_size 256 --moco_queue_size 256 --lr 0.6")
-    assert (args.lr_schedule, args.warmup_epochs) == ("epoch", 10)
-    rates = [rate(args, epoch, step) for epoch in range(500) for step in (0, 38)]
-    assert rates == [warmup_cosine(epoch, 0.6, 500) for epoch in range(500) for _ in range(2)]
-    args = arguments("--epochs 6 --batch_size 256 --moco_queue_size 256 --lr 0.6")
-    rates = [rate(args, epoch, step) for epoch in range(6) for step in range(39)]
-    assert rates[0] == 0.003 and max(rates) == 0.6 and max(abs(a - b) for a, b in pairwise(rates)) < 0.6 / 30
-    args = arguments("--epochs 1 --batch_size 256 --moco_queue_size 256 --lr 0.6")
-    rates = [rate(args, 0, step) for step in range(39)]
-    assert rates[0] == 0.003 and rates.index(0.6) == 12  # a third of the steps
-    args = arguments("--epochs 200 --batch_size 64", "falcon")
-    rates = [rate(args, epoch, step) for epoch in range(200) for step in range(39)]
-    assert (
-        args.optimizer == "adam"
-        and (rates[0], rates[389], max(rates)) == (3e-5, 2.5e-4, 2.5e-4)
-        and rates[195] < 1.5e-4
-    )
-
-
-def test_coverage(golden):
-    """Runs last: every number in the file has been compared with ours, or read as input."""
-    assert FILES, f"no golden files in {FOLDER}"
-    assert sorted(set(golden.arrays) - golden.used) == [], "numbers that no test compares"
+    """At the papers' lengths the released one, by epochs; in short runs and for FALCON a smooth one."""
+    flags = "--batch_size 256 --moco_queue_size 256 --lr 0.6 --epochs"
+    assert rates(f"{flags} 500").tolist() == [warmup_cosine(step // 39, 0.6, 500) for step in range(500 * 39)]
+    short, shortest = rates(f"{flags} 6"), rates(f"{flags} 1")
+    assert short[0] == 0.003 and short.max() == 0.6 and abs(np.diff(short)).max() < 0.6 / 30
+    assert shortest[0] == 0.003 and shortest.argmax() == 12  # a third of the steps
+    falcon = rates("--epochs 200 --batch_size 64", "falcon")
+    assert (falcon[0], falcon[389], falcon.max()) == (3e-5, 2.5e-4, 2.5e-4) and falcon[195] < 1.5e-4

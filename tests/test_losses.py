@@ -1,208 +1,130 @@
-"""Every loss against a loop written from its equation (docs/METHODS.md), on odd shapes and scales; and finite
-in bf16 training."""
+"""Every loss is the loop written from its equation (docs/METHODS.md), on odd shapes and scales; is finite in
+bf16 training; and sends its gradients where they must go."""
 
 import math
+from statistics import covariance, fmean, pvariance
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import arguments, tiny
+import torch.nn.functional as F
+from conftest import CPU, arguments, settled
 
 import main_cssl
-from losses import METHODS, REGULARIZERS
+from losses import METHODS, REGULARIZERS, find
 from losses.barlow import barlow_loss
 from losses.byol import cosine_distance
 from losses.contrastive import contrastive_distillation, info_nce
 from losses.falcon import falcon_loss
 from losses.vicreg import covariance_loss, variance_loss
-from models import build_backbone
 from models.learner import Outputs
-from utils.distributed import Process
-
-CPU = Process(torch.device("cpu"))
-SHAPES = [(2, 3), (5, 7), (8, 4), (13, 1), (3, 16)]  # N, D
-SCALES = [1e-3, 1.0, 1e3]
-
-
-def pairs(n, d, scale, count=2, seed=0):
-    """`count` lists of two float64 [n, d] tensors."""
-    x = scale * torch.randn(
-        count, 2, n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
-    return [list(pair) for pair in x]
-
-
-def unit(x):
-    return x / math.sqrt(float((x * x).sum()))
 
 
 def cos(a, b):
-    return float(unit(a) @ unit(b))
+    return float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
 
 
-def nce(query, positive, negatives, tau):
+def nce(query, positive, negatives, tau=0.3):
     """-ln of the positive's share, for one query."""
     terms = [math.exp(cos(query, k) / tau) for k in [positive, *negatives]]
     return -math.log(terms[0] / sum(terms))
 
 
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values)
+def cosines(z, f, g):
+    queues = [F.normalize(g[0], dim=1), F.normalize(g[1][1:], dim=1)]
+    loop = fmean(nce(x, y, torch.cat(queues)) for x, y in zip(z[0], f[0]))
+    yield info_nce(z[0], f[0], queues, 0.3), loop
+    a, b = list(torch.cat(z)), list(torch.cat(f))
+    both = [nce(x[i], y[i], y[:i] + y[i + 1 :]) for x, y in ((a, b), (b, a)) for i in range(len(a))]
+    yield contrastive_distillation(z, f, 0.3), fmean(both)
+    yield cosine_distance(z[0], f[0]), fmean(2 - 2 * cos(x, y) for x, y in zip(z[0], f[0]))
 
 
-def entropy_like(p, q):
-    return -float((p * q.log()).sum())
-
-
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("n, d", SHAPES)
-def test_against_loops(n, d, scale):
-    z, f = pairs(n, d, scale)
-    near = {"rel": 1e-9, "abs": 1e-9}
-    queues = [torch.nn.functional.normalize(torch.randn(k, d, dtype=torch.float64), dim=1) for k in (5, 4)]
-    loop = mean(nce(z[0][i], f[0][i], [*queues[0], *queues[1]], 0.3) for i in range(n))
-    assert float(info_nce(z[0], f[0], queues, 0.3)) == pytest.approx(loop, **near)
-
-    a, b = torch.cat(z), torch.cat(f)
-    loop = mean(
-        (
-            nce(a[i], b[i], [b[k] for k in range(2 * n) if k != i], 0.3)
-            + nce(b[i], a[i], [a[k] for k in range(2 * n) if k != i], 0.3)
-        )
-        / 2
-        for i in range(2 * n)
-    )
-    assert float(contrastive_distillation(z, f, 0.3)) == pytest.approx(loop, **near)
-    assert float(cosine_distance(z[0], f[0])) == pytest.approx(
-        mean(2 - 2 * cos(x, y) for x, y in zip(z[0], f[0])), **near
-    )
-
-    columns = z[0].T.tolist()
-    variances = [sum((x - mean(c)) ** 2 for x in c) / (n - 1) for c in columns]
-    loop = mean(max(0.0, 1 - math.sqrt(v + 1e-4)) for v in variances)
-    assert float(variance_loss(z[0])) == pytest.approx(loop, **near)
-    covariances = [
-        sum((x - mean(p)) * (y - mean(q)) for x, y in zip(p, q)) / (n - 1)
-        for i, p in enumerate(columns)
-        for j, q in enumerate(columns)
-        if i != j
-    ]
-    assert float(covariance_loss(z[0])) == pytest.approx(
-        sum(c * c for c in covariances) / d, rel=1e-6, abs=1e-9
-    )
-
-
-@pytest.mark.parametrize("n, d", SHAPES)
-def test_simclr_pnr_loop(n, d):
-    """Both losses, written for each anchor i with the other view j."""
-    z, f, g = pairs(n, d, 1.0, count=3)
+def simclr(z, f, g):
+    """Its loss, and both of PNR's; row i is no candidate of anchor i."""
     args = arguments("--simclr_tau 0.3 --simclr_tau_distill 0.4", "simclr")
-    method = METHODS["simclr"](build_backbone("resnet10", 4, "cifar"), args)
-    out, old, pred = Outputs(z=z), Outputs(z=f), Outputs(z=g)
-    a, b, p, tau = torch.cat(z), torch.cat(f), torch.cat(g), 0.4
-    others = [[k for k in range(2 * n) if k != i] for i in range(2 * n)]
-    main = reg = 0.0
-    for i in range(2 * n):
-        j = (i + n) % (2 * n)
-        total = sum(math.exp(cos(a[i], a[k]) / tau) + math.exp(cos(a[i], b[k]) / tau) for k in others[i])
-        main += (-cos(a[i], a[j]) / tau + math.log(total)) / (2 * n)
-        total = sum(math.exp(cos(p[i], b[k]) / tau) + math.exp(cos(p[i], a[k]) / tau) for k in others[i])
-        reg += (-cos(p[i], b[i]) / tau + math.log(total)) / (2 * n)
-    assert float(method.ssl(out, negatives=old)) == pytest.approx(main, rel=1e-9)
-    assert float(method.align(pred, old, negatives=out)) == pytest.approx(reg, rel=1e-9)
-    totals = [sum(math.exp(cos(a[i], a[k]) / 0.3) for k in others[i]) for i in range(2 * n)]
-    plain = mean(-cos(a[i], a[(i + n) % (2 * n)]) / 0.3 + math.log(totals[i]) for i in range(2 * n))
-    assert float(method.ssl(out)) == pytest.approx(plain, rel=1e-9)
+    method = find("simclr")(SimpleNamespace(feature_dim=4), args)
+    student, teacher, predicted = Outputs(z=z), Outputs(z=f), Outputs(z=g)
+    a, b, p, other_view = (list(torch.cat(views)) for views in (z, f, g, z[::-1]))
+
+    def loop(anchors, positives, banks, tau):
+        others = [[y for bank in banks for y in bank[:i] + bank[i + 1 :]] for i in range(len(anchors))]
+        totals = [sum(math.exp(cos(x, y) / tau) for y in ys) for x, ys in zip(anchors, others)]
+        return fmean(math.log(t) - cos(x, y) / tau for t, x, y in zip(totals, anchors, positives))
+
+    yield method.ssl(student), loop(a, other_view, [a], 0.3)
+    yield method.ssl(student, negatives=teacher), loop(a, other_view, [a, b], 0.4)
+    yield method.align(predicted, teacher, negatives=student), loop(p, b, [b, a], 0.4)
 
 
-@pytest.mark.parametrize("scale", SCALES[:2])
-@pytest.mark.parametrize("n, d", SHAPES[:3])
-def test_barlow_loop(n, d, scale):
-    z = pairs(n, d, scale)[0]
-
-    def standard(column):
-        centre = mean(column)
-        deviation = math.sqrt(mean((x - centre) ** 2 for x in column) + 1e-5)
-        return [(x - centre) / deviation for x in column]
-
-    a, b = ([standard(c) for c in view.T.tolist()] for view in z)
-    loop = 0.0
-    for i in range(d):
-        for j in range(d):
-            c = sum(x * y for x, y in zip(a[i], b[j])) / n
-            loop += 0.1 * ((c - 1) ** 2 if i == j else 5e-3 * c * c)
-    assert float(barlow_loss(*z, 5e-3, 0.1)) == pytest.approx(loop, rel=1e-9)
+def vicreg(z, f, g):
+    columns = z[0].T.tolist()
+    yield variance_loss(z[0]), fmean(max(0, 1 - math.sqrt(covariance(c, c) + 1e-4)) for c in columns)
+    squares = (covariance(p, q) ** 2 for p in columns for q in columns if p is not q)
+    yield covariance_loss(z[0]), sum(squares) / len(columns)
 
 
-@pytest.mark.parametrize("prior", ["reverse", "forward"])
-@pytest.mark.parametrize("n, c", [(2, 3), (5, 7), (8, 4)])
-def test_falcon_loop(n, c, prior):
-    a, b = pairs(n, c, 1.5)[0]
-    p, q = a.softmax(1), b.softmax(1)
-    loop = 0.0
-    for x, y in ((p, q), (q, p)):
-        m = [mean(float(x[i, j]) for i in range(n)) for j in range(c)]
-        reverse = mean(sum(float(x[i, j]) * math.log(c * m[j]) for j in range(c)) for i in range(n))
-        matching = reverse if prior == "reverse" else mean(-math.log(c * m[j]) for j in range(c))
-        loop += (matching + 0.7 * mean(entropy_like(x[i], y[i]) for i in range(n))) / 2
-    assert float(falcon_loss(a, b, 0.7, prior)) == pytest.approx(loop, rel=1e-9)
+def barlow(z, f, g):
+    """The correlations of the standardised columns."""
+    a, b = ([[(x - fmean(c)) / math.sqrt(pvariance(c) + 1e-5) for x in c] for c in v.T.tolist()] for v in z)
+    entries = {(i, j): fmean(x * y for x, y in zip(p, q)) for i, p in enumerate(a) for j, q in enumerate(b)}
+    loop = 0.1 * sum((c - 1) ** 2 if i == j else 5e-3 * c**2 for (i, j), c in entries.items())
+    yield barlow_loss(*z, 5e-3, 0.1), loop
+
+
+def falcon(z, f, g):
+    """Of bounded logits, as its are; the mean code m has to be uniform."""
+    logits = [1.5 * x.tanh() for x in z]
+    p, q = (x.softmax(dim=1) for x in logits)
+    entropy = fmean(-float(x @ y.log()) for x, y in [*zip(p, q), *zip(q, p)])
+    ms = [[fmean(column) for column in x.T.tolist()] for x in (p, q)]
+    reverse = fmean(sum(x * math.log(len(m) * x) for x in m) for m in ms)
+    forward = fmean(-math.log(len(m) * x) for m in ms for x in m)
+    for prior, divergence in (("reverse", reverse), ("forward", forward)):
+        yield falcon_loss(*logits, 0.7, prior), divergence + 0.7 * entropy
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("n, d", [(2, 3), (5, 7), (8, 4), (13, 1), (3, 16)])
+@pytest.mark.parametrize("losses", [cosines, simclr, vicreg, barlow, falcon])
+def test_losses_are_their_loops(losses, n, d, scale):
+    rng = torch.Generator().manual_seed(0)
+    z, f, g = scale * torch.randn(3, 2, n, d, generator=rng, dtype=torch.float64)
+    for ours, loop in losses(list(z), list(f), list(g)):
+        assert float(ours) == pytest.approx(loop, rel=1e-9)
 
 
 @pytest.mark.parametrize("norm", [1e-4, 1.0, 1e4])
 @pytest.mark.parametrize("regularizer", ["cassle", "pnr"])
 @pytest.mark.parametrize("method", METHODS)
 def test_finite_in_bf16(method, regularizer, norm):
-    """Loss and gradients of a later task under bf16 autocast, features of that norm; the loss itself is
-    float32."""
-    args = main_cssl.parse_arguments(
-        f"{tiny(method)} --precision bf16 --regularizer {regularizer} --batch_size 8".split()
-    )
-    args.stem = "cifar"
+    """Loss and gradients of a later task, for features of that norm; the loss itself is in float32."""
+    args, _ = settled(f"--batch_size 8 --precision bf16 --regularizer {regularizer}", method)
     learner = main_cssl.build_learner(args, CPU)
     learner.begin_task(1, CPU.device)
-
-    class Scaled(torch.nn.Module):
-        def __init__(self, backbone):
-            super().__init__()
-            self.backbone = backbone
-
-        def forward(self, x):
-            return norm * torch.nn.functional.normalize(self.backbone(x), dim=1)
-
-    learner.method.backbone = Scaled(learner.method.backbone)
-    loss, terms, out, _ = learner(*torch.randn(2, 8, 3, 8, 8))
+    learner.method.backbone.register_forward_hook(lambda module, x, h: norm * F.normalize(h, dim=1))
+    loss, terms, student, _ = learner(*torch.randn(2, 8, 3, 8, 8))
     loss.backward()
-    assert loss.dtype == torch.float32 and out.z[0].dtype == torch.float32
-    assert all(t.isfinite() for t in terms.values())
-    assert all(p.grad.isfinite().all() for p in learner.parameters() if p.grad is not None)
+    assert loss.dtype == student.z[0].dtype == torch.float32
+    gradients = [p.grad for p in learner.parameters() if p.grad is not None]
+    assert all(x.isfinite().all() for x in (*terms.values(), *gradients))
 
 
 @pytest.mark.parametrize("regularizer", REGULARIZERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_go_where_they_must(method, regularizer):
-    """None into teacher, momentum encoder, dictionary or queues; the predictor learns from the alignment
-    alone, the student from both."""
-    args = arguments(f"--precision fp32 --regularizer {regularizer} --batch_size 8", method)
-    args.stem = "cifar"
-    learner = main_cssl.build_learner(args, CPU)
+    """Into the student from every term, into the predictor from all but the SSL loss, into nothing frozen."""
+    learner = main_cssl.build_learner(settled(f"--batch_size 8 --regularizer {regularizer}", method)[0], CPU)
     learner.begin_task(0, CPU.device)
-    assert not any(
-        "teacher" in name or name.startswith("regularizer") for name, _ in learner.named_parameters()
-    )
+    assert not any("teacher" in name or "regularizer" in name for name, _ in learner.named_parameters())
     learner.begin_task(1, CPU.device)
     loss, terms, _, _ = learner(*torch.randn(2, 8, 3, 8, 8))
+    keep, student = {"retain_graph": True, "allow_unused": True}, learner.method.projector[0].weight
+    assert all(torch.autograd.grad(term, student, **keep)[0].abs().sum() > 0 for term in terms.values())
     if regularizer != "finetune":
         predictor = list(learner.regularizer.predictor.parameters())
-        assert all(
-            g is None
-            for g in torch.autograd.grad(terms["ssl"], predictor, retain_graph=True, allow_unused=True)
-        )
-        student = learner.method.projector[0].weight
-        assert all(
-            torch.autograd.grad(t, student, retain_graph=True)[0].abs().sum() > 0 for t in terms.values()
-        )
+        assert not any(x is not None for x in torch.autograd.grad(terms["ssl"], predictor, **keep))
     loss.backward()
     for name, p in learner.named_parameters():
-        frozen = "teacher" in name or name.startswith("method.momentum_encoder.")
+        frozen = "teacher" in name or "momentum_encoder" in name or name.endswith(("dictionary", "rows"))
         assert p.requires_grad != frozen and (p.grad is None) == frozen, name
-    assert not any(name.endswith(("dictionary", "queue.rows")) for name, _ in learner.named_parameters())

@@ -12,110 +12,123 @@ import trees
 from conftest import ENVIRONMENT, ROOT
 
 import main_cssl
-from losses import METHODS
+from losses import METHODS, find
 
 SMALL = "--probe_views cached --device cpu --backbone resnet10 --width 4 --image_size 8"
 SMALL += " --epochs 1 --batch_size 4 --moco_queue_size 16 --moco_hidden 16"
 
 
 def script(name, *arguments, cwd=ROOT, **environment):
-    call = ["bash", str(ROOT / name), *arguments]
-    return subprocess.run(
-        call, cwd=cwd, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=240
-    )
+    call, pipes = ["bash", str(ROOT / name), *arguments], {"capture_output": True, "text": True}
+    return subprocess.run(call, cwd=cwd, env={**ENVIRONMENT, **environment}, timeout=240, **pipes)
 
 
 def settings(name, *arguments, **environment):
     """What main_cssl.py makes of the script's flags."""
     done = script(name, *arguments, PYTHON="echo", **environment)
     assert done.returncode == 0, done.stderr
-    words = done.stdout.split()
-    return main_cssl.parse_arguments(words[words.index("main_cssl.py") + 1 :])
+    return main_cssl.parse_arguments(done.stdout.partition("main_cssl.py")[2].split())
 
 
-OTHER = {"lr": {"moco": 0.6, "simclr": 0.4, "barlow": 0.4, "byol": 0.6, "vicreg": 0.4, "falcon": 1e-3}}
-OTHER["probe_lr"] = {"moco": 3, "simclr": 1, "barlow": 0.1, "byol": 3, "vicreg": 0.3, "falcon": 0.1}
-CIFAR = {
-    **OTHER,
-    "lr": {"moco": 0.6, "simclr": 0.6, "barlow": 0.4, "byol": 1.0, "vicreg": 0.3, "falcon": 1e-3},
+# by script and scenario: epochs, and lambda_neg of barlow, byol, vicreg
+TABLES = {
+    ("run_cifar100.sh", "class"): (500, {"barlow": 1, "byol": 0.5, "vicreg": 23}),
+    ("run_imagenet100.sh", "class"): (400, {"barlow": 1, "byol": 1, "vicreg": 23}),
+    ("run_imagenet100.sh", "data"): (400, {"barlow": 0.1, "byol": 0.1, "vicreg": 5}),
+    ("run_domainnet.sh", "domain"): (200, {"barlow": 1, "byol": 1, "vicreg": 8}),
 }
-LAMBDA_NEG = {  # of barlow, byol, vicreg
-    ("run_cifar100.sh", "class"): (1, 0.5, 23),
-    ("run_imagenet100.sh", "class"): (1, 1, 23),
-    ("run_imagenet100.sh", "data"): (0.1, 0.1, 5),
-    ("run_domainnet.sh", "domain"): (1, 1, 8),
+# by method: lr for CIFAR and for the others; probe_lr for the others; online_lr for both
+RATES = {
+    "moco": (0.6, 0.6, 3, 0.3, 0.3),
+    "simclr": (0.6, 0.4, 1, 0.1, 0.3),
+    "barlow": (0.4, 0.4, 0.1, 0.1, 0.3),
+    "byol": (1.0, 0.6, 3, 0.1, 0.1),
+    "vicreg": (0.3, 0.4, 0.3, 0.3, 0.3),
+    "falcon": (1e-3, 1e-3, 0.1, 1e-3, 1e-3),
 }
-EPOCHS = {"run_cifar100.sh": 500, "run_imagenet100.sh": 400, "run_domainnet.sh": 200}
 
 
-@pytest.mark.parametrize("name, scenario", LAMBDA_NEG)
+@pytest.mark.parametrize("name, scenario", TABLES)
 @pytest.mark.parametrize("method", METHODS)
 def test_settings(name, scenario, method):
-    args = settings(name, method, "pnr", SCENARIO=scenario)
-    cifar = name == "run_cifar100.sh"
-    assert (
-        args.scenario == scenario
-        and args.epochs == EPOCHS[name]
-        and args.backbone == "resnet18"
-        and args.width == 64
-    )
-    assert args.dataset in name.replace("run_", "") and args.method == method and args.regularizer == "pnr"
+    args, cifar = settings(name, method, "pnr", SCENARIO=scenario), name == "run_cifar100.sh"
+    for flag in ("lr", "weight_decay", "probe_lr", "online_lr"):  # what the script leaves to the method
+        setattr(
+            args, flag, getattr(find(method), flag) if getattr(args, flag) is None else getattr(args, flag)
+        )
+    epochs, lambda_neg = TABLES[name, scenario]
+    assert (args.scenario, args.epochs, args.backbone, args.width) == (scenario, epochs, "resnet18", 64)
+    assert (args.dataset, args.method, args.regularizer) == (name[4:-3], method, "pnr")
     assert args.batch_size == (64 if method == "falcon" else 256) and args.eval == "linear"
     assert (args.probe_views, args.online_probe) == (
         ("cached", "released") if cifar else ("augmented", "off")
     )
     assert args.weight_decay == (1e-5 if method == "byol" else 1e-4)
-    for flag, values in (CIFAR if cifar else OTHER).items():
-        assert getattr(args, flag) == values[method], flag
+    lr, other_lr, probe_lr, online_lr, other_online_lr = RATES[method]
+    assert args.lr == (lr if cifar else other_lr) and (cifar or args.probe_lr == probe_lr)
+    assert args.online_lr == (online_lr if cifar else other_online_lr)
     views = (0.2, [0.0, 0.0] if cifar else [0.5, 0.5], [0.1, 0.1])
     if method != "vicreg":
         views = (0.08, [0.0, 0.0] if cifar else [1.0, 0.1], [0.0, 0.2])
     assert (args.min_scale, args.blur_p, args.solarize_p) == views
-    for other, value in zip(("barlow", "byol", "vicreg"), LAMBDA_NEG[name, scenario]):
-        if method == other:
-            assert getattr(args, f"{other}_lambda_neg") == value
-    rates = {"moco": 0.3, "simclr": 0.1, "barlow": 0.1, "byol": 0.1, "vicreg": 0.3, "falcon": 1e-3}
-    assert args.online_lr == (0.3 if method in ("simclr", "barlow") and not cifar else rates[method])
+    if method in lambda_neg:
+        assert getattr(args, f"{method}_lambda_neg") == lambda_neg[method]
     if method == "byol":
         assert args.byol_predictor_hidden == (4096 if cifar else 8192)
 
 
 def test_choices(tmp_path):
-    args = settings(
-        "run_imagenet100.sh", "simclr", "cassle", "--epochs", "3", TASKS="10", SCENARIO="data", DATA="/d"
-    )
-    assert (args.num_tasks, args.scenario, args.data_dir, args.epochs) == (10, "data", "/d", 3)
-    assert args.out_dir == "runs/imagenet100-data-10-simclr-cassle"
-    assert (
-        settings("run_domainnet.sh").out_dir == "runs/domainnet-moco-pnr"
-        and settings("run_domainnet.sh").num_tasks is None
-    )
+    """Variables and flags arrive; relative paths are the caller's; a run's name is left to main_cssl.py, and
+    so holds the seed; what is wrong is told in a line."""
+    flags = ("simclr", "cassle", "--epochs", "3")
+    args = settings("run_imagenet100.sh", *flags, TASKS="10", SCENARIO="data", DATA="/d", OUT="o")
+    assert (args.num_tasks, args.scenario, args.epochs, args.method) == (10, "data", 3, "simclr")
+    assert (args.data_dir, args.out_dir) == ("/d", "o")
+    args = settings("run_domainnet.sh", "--init_from", "x/task0.pt")
+    assert (args.init_from, args.out_dir, args.num_tasks) == ("x/task0.pt", None, None)
     for name, words, variables in (
-        ("run_imagenet100.sh", "SCENARIO=domain", {"SCENARIO": "domain"}),
-        ("run_domainnet.sh", "GPUS=two", {"GPUS": "two"}),
+        ("run_imagenet100.sh", "SCENARIO=domain", {"SCENARIO": "domain", "PYTHON": "echo"}),
+        ("run_domainnet.sh", "GPUS=two", {"GPUS": "two", "PYTHON": "echo"}),
     ):
-        done = script(name, PYTHON="echo", **variables)
+        done = script(name, **variables)
         assert done.returncode == 2 and done.stderr.startswith(f"{name}: error:") and words in done.stderr
     done = script("run_domainnet.sh", "dino", PYTHON=sys.executable)
     assert done.returncode == 2 and "dino" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_environments(tmp_path):
+    """`python` is used where it has PyTorch, as in an active environment; else a script says what to do."""
+    for has_torch in (True, False):
+        (tmp_path / "python").write_text(
+            f"#!/bin/sh\n[ $1 = -c ] && exit {int(not has_torch)} || echo active $@\n"
+        )
+        (tmp_path / "python").chmod(0o755)
+        for path in (
+            "run_cifar100.sh",
+            "scripts/launch.sh",
+            "scripts/python.sh",
+        ):  # without .venv beside them
+            (tmp_path / path).parent.mkdir(exist_ok=True)
+            (tmp_path / path).write_text((ROOT / path).read_text())
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHON": ""}
+        done = script(tmp_path / "run_cifar100.sh", **environment)
+        assert ("active" in done.stdout and "main_cssl.py" in done.stdout) == has_torch
+        assert done.returncode == (0 if has_torch else 2) and len(done.stderr.splitlines()) == (not has_torch)
+
+
 @pytest.mark.parametrize("name", ["run_imagenet100.sh", "run_domainnet.sh"])
 def test_to_the_end(name, tmp_path):
-    """From made-up files to the offline linear probe's matrix."""
+    """From made-up files to the offline linear probe's matrix, with paths relative to where the caller is."""
     if "imagenet" in name:
-        wanted = (ROOT / "data" / "imagenet100_classes.txt").read_text().split()
-        trees.imagenet(tmp_path / "data", wanted, train=1)
+        trees.fill(tmp_path / "data", "train val", trees.IMAGENET100, count=1)
     else:
         trees.domainnet(tmp_path / "data")
-    done = script(
-        name, "moco", "finetune", *SMALL.split(), cwd=tmp_path, PYTHON=sys.executable, DATA="data", OUT="run"
-    )
+    variables = {"PYTHON": sys.executable, "DATA": "data", "OUT": "run"}
+    done = script(name, "moco", "finetune", *SMALL.split(), cwd=tmp_path, **variables)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert "offline linear probe" in results["protocol"] and len(results["matrix"]) == (
-        5 if "imagenet" in name else 6
-    )
+    assert "offline linear probe" in results["protocol"]
+    assert len(results["matrix"]) == (5 if "imagenet" in name else 6)
 
 
 @pytest.fixture
@@ -137,17 +150,9 @@ def cluster(tmp_path):
         (tmp_path / name).chmod(0o755)
 
     def submit(index, *arguments, **environment):
-        job = {
-            "SLURM_JOB_ID": "70007",
-            "SLURM_JOB_NODELIST": "x",
-            "SLURM_JOB_NUM_NODES": "2",
-            "SLURM_GPUS_ON_NODE": "4",
-        }
-        job |= {
-            "SLURM_ARRAY_TASK_ID": str(index),
-            "PATH": f"{tmp_path}:{ENVIRONMENT['PATH']}",
-            "PYTHON": "python",
-        }
+        job = {"SLURM_JOB_ID": "70007", "SLURM_JOB_NODELIST": "x", "SLURM_JOB_NUM_NODES": "2"}
+        job |= {"SLURM_GPUS_ON_NODE": "4", "SLURM_ARRAY_TASK_ID": str(index), "PYTHON": "python"}
+        job["PATH"] = f"{tmp_path}:{ENVIRONMENT['PATH']}"
         call = ["bash", str(ROOT / "slurm" / "cssl.sbatch"), *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(call, cwd=ROOT, env={**ENVIRONMENT, **job, **environment}, **pipes)
@@ -156,8 +161,8 @@ def cluster(tmp_path):
 
 
 def test_slurm_saves_and_requeues(cluster, tmp_path):
-    """Every run of the array has its own folder, method, regulariser and seed; when time is up it saves and
-    is queued again. SIGTERM comes to all processes, and it is SLURM that queues the job again."""
+    """Each run of the array has its own folder, method, regulariser and seed; when time is up it saves and is
+    queued again. SIGTERM comes to all processes, and it is SLURM that queues the job again."""
     for number, index in ((signal.SIGUSR1, 0), (signal.SIGTERM, 11)):
         job = cluster(index, "--epochs", "3", SEEDS="5 6", METHODS="moco byol")
         while not (tmp_path / "calls").exists():
@@ -169,15 +174,11 @@ def test_slurm_saves_and_requeues(cluster, tmp_path):
             os.kill(int((tmp_path / "pid").read_text()), number)
         out, error = job.communicate(timeout=60)
         assert job.returncode == 138 and "saved" in out, (job.returncode, error)
-        words = (tmp_path / "calls").read_text().split()
+        launcher, _, flags = (tmp_path / "calls").read_text().partition("main_cssl.py")
         (tmp_path / "calls").unlink()
-        launcher, flags = words[: words.index("main_cssl.py")], words[words.index("main_cssl.py") + 1 :]
-        assert (
-            "--nnodes 2" in " ".join(launcher)
-            and "localhost:50007" in launcher
-            and launcher[launcher.index("--nproc_per_node") + 1] == "4"
-        )
-        args = main_cssl.parse_arguments(flags)
+        for words in ("--nnodes 2", "localhost:50007", "--nproc_per_node 4"):
+            assert words in launcher
+        args = main_cssl.parse_arguments(flags.split())
         wanted = ("moco", "finetune", 5) if index == 0 else ("byol", "pnr", 6)
         assert (args.method, args.regularizer, args.seed, args.epochs) == (*wanted, 3)
         assert args.out_dir.endswith("runs/cifar100-{}-{}-seed{}".format(*wanted))
@@ -186,6 +187,5 @@ def test_slurm_saves_and_requeues(cluster, tmp_path):
             (tmp_path / "requeued").unlink()
     assert not (tmp_path / "requeued").exists()
     for index in (18, -1):
-        job = cluster(index)
-        _, error = job.communicate(timeout=60)
+        _, error = (job := cluster(index)).communicate(timeout=60)
         assert job.returncode == 2 and "--array=0-17" in error

@@ -2,116 +2,80 @@
 and not run."""
 
 import pickle
-import shutil
 
+import numpy as np
 import pytest
 import torch
 import trees
-from conftest import TINY, run
-from test_bad_input import fails
+from conftest import TINY, fails, run
 
 import main_linear
-from utils import checkpoint
+from data.cache import open_cache
+from data.files import Files
 
 
-class Command:
+class Command(str):
     """Unpickles as a call of open(path, "w")."""
 
-    def __init__(self, path):
-        self.path = path
-
     def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    assert run(f"{TINY} --num_tasks 2 --epochs 1 --out_dir {folder}") == 0
-    return folder
+        return open, (str(self), "w")
 
 
 @pytest.fixture
-def place(finished, tmp_path):
-    """plant(name) puts the pickle in the place of a file of a finished run; nothing may have run when the
-    test ends."""
-    shutil.copytree(finished, tmp_path / "run")
-    evil = pickle.dumps({"backbone": Command(tmp_path / "executed")})
-    pickle.loads(evil)["backbone"].close()
-    assert (tmp_path / "executed").exists()  # it is dangerous
-    (tmp_path / "executed").unlink()
+def plant(tmp_path):
+    """plant(name, ...) puts the pickle in the place of files below tmp_path; none may have run in the end."""
+    command = {"backbone": Command(tmp_path / "executed")}
+    pickle.loads(pickle.dumps(command))["backbone"].close()
+    (tmp_path / "executed").unlink()  # without an error: it is dangerous
 
     def plant(*names):
-        for name in names:
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            if str(name).endswith(".pt"):
-                torch.save({"backbone": Command(tmp_path / "executed")}, tmp_path / name)
-            else:
-                (tmp_path / name).write_bytes(evil)
-        return tmp_path
+        for path in (tmp_path / name for name in names):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            torch.save(command, path) if path.suffix == ".pt" else path.write_bytes(pickle.dumps(command))
+        return command
 
     yield plant
     assert not (tmp_path / "executed").exists()
 
 
-def test_run_folder(place, capsys):
-    root = place("run/last.pt", "run/last.prev.pt")
-    call = f"{TINY} --num_tasks 2 --epochs 1 --out_dir {root / 'run'}"
-    fails(capsys, call, "no readable checkpoint", "last.pt")
-
-
-@pytest.mark.parametrize("name", ["split.pt", "task0.pt", "config.json"])
-def test_other_files_of_a_run(place, capsys, name):
-    root = place(f"run/{name}")
-    if name == "split.pt":
-        fails(capsys, f"{TINY} --num_tasks 2 --epochs 1 --out_dir {root / 'run'}", name, "Python objects")
-    else:
-        fails(
-            capsys,
-            f"--run {root / 'run'} --protocol knn",
-            "config.json" if "config" in name else name,
-            script=main_linear,
-        )
-
-
-def test_networks_from_elsewhere(place, capsys):
-    root = place("network.pt")
-    fails(
-        capsys,
-        f"{TINY} --init_from {root / 'network.pt'} --out_dir {root / 'x'}",
-        "network.pt",
-        "Python objects",
-    )
-    fails(
-        capsys,
-        f"--checkpoint {root / 'network.pt'} --dataset digits",
-        "network.pt",
-        "Python objects",
-        script=main_linear,
-    )
-
-
-def test_data_files(place, capsys):
-    """Lists, images, caches and torchvision's pickles, whose checksums are not the known ones."""
-    data = f"{TINY} --num_tasks 2 --out_dir {{0}}/x --data_dir {{0}}"
-    root = place(*(f"cifar-100-python/{name}" for name in ("train", "test", "meta")))
-    fails(capsys, f"{data.format(root)} --dataset cifar100", "no CIFAR100")
-    place("train_32x32.mat", "test_32x32.mat")
-    fails(capsys, f"{data.format(root)} --dataset svhn", "no SVHN")
-    trees.domainnet(root / "d", domains=("real",))
-    place("d/real_train.txt")
-    fails(capsys, f"{data.format(root / 'd')} --dataset domainnet --domain_order real", "real_train.txt")
-    tree = trees.fill(root / "f", [f"{split}/{name}" for split in ("train", "test") for name in "ab"], 8)
-    flags = f"{data.format(tree)} --dataset folder --batch_size 4 --epochs 1 --cache disk --cache_size 16"
+def test_networks_and_runs(plant, tmp_path, capsys):
+    flags = f"{TINY} --num_tasks 1 --epochs 1 --eval none --out_dir {tmp_path / 'run'}"
     assert run(flags) == 0
-    (cache,) = tree.glob(".folder_train*.cache")
-    place(cache.relative_to(root))
-    assert (
-        run(f"{flags} --out_dir {root / 'y'}") == 0
-        and "is damaged and is made again" in capsys.readouterr().err
-    )
-    first, again = (checkpoint.load(folder / "task1.pt")["backbone"] for folder in (tree / "x", root / "y"))
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    (tree / "train" / "a" / "0.JPEG").unlink()
-    place("f/train/a/0.JPEG")
-    fails(capsys, f"{flags} --out_dir {root / 'z'}", "cannot decode", "0.JPEG")
+    plant("run/last.pt", "run/last.prev.pt", "run/task0.pt", "x.pt")
+    fails(capsys, flags, "last.pt")
+    fails(capsys, f"{TINY} --init_from {tmp_path / 'x.pt'} --out_dir {tmp_path / 'x'}", "x.pt")
+    fails(capsys, f"--checkpoint {tmp_path / 'x.pt'} --dataset digits", "x.pt", script=main_linear)
+    fails(capsys, f"--run {tmp_path / 'run'} --protocol knn", "task0.pt", script=main_linear)
+    plant("run/config.json")
+    fails(capsys, f"--run {tmp_path / 'run'} --protocol knn", "config.json", script=main_linear)
+
+
+def test_data_sets(plant, tmp_path, capsys):
+    """torchvision's pickles have not the known checksums; lists and images are no pickles."""
+    flags = f"{TINY} --data_dir {tmp_path} --out_dir {tmp_path / 'x'} --dataset"
+    plant(*(f"cifar-100-python/{name}" for name in ("train", "test", "meta")))
+    fails(capsys, f"{flags} cifar100", "--data_dir")
+    plant("train_32x32.mat", "test_32x32.mat")
+    fails(capsys, f"{flags} svhn", "--data_dir")
+    trees.domainnet(tmp_path, domains=("real",))
+    plant("real/class0/0.jpg")
+    real = f"{flags} domainnet --domain_order real --num_tasks 1 --batch_size 12 --workers 0"
+    fails(capsys, real, "real/class0/0.jpg")
+    plant("real_train.txt")
+    fails(capsys, real, "real_train.txt")
+
+
+def test_caches(plant, tmp_path, capsys):
+    """Pixels, the index, and a table in the index."""
+    files = Files(trees.fill(tmp_path, "a", count=4), [f"a/{i}.JPEG" for i in range(4)])
+    raw = open_cache(files, "x", tmp_path).path
+    good, index = raw.read_bytes(), raw.with_suffix(".npz")
+    for spoil in (
+        lambda: plant(raw.name),
+        lambda: plant(index.name),
+        lambda: np.savez(index, table=np.array([plant()]), fingerprint=files.fingerprint()),
+    ):
+        spoil()
+        open_cache(files, "x", tmp_path)
+        assert raw.read_bytes() == good and raw.name in capsys.readouterr().err

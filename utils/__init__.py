@@ -1,5 +1,5 @@
-"""Optimisers and schedules, checkpoints, logs, evaluation, and the start of a process."""
+"""Flags, the run folder, checkpoints, logs, optimisers, evaluation, and the start and end of a process."""
 
 
-class RunError(ValueError):
-    """A run cannot start, or cannot go on; the message says why, where, and what to do."""
+class UserError(ValueError):
+    """What the user can mend: the message says what is wrong, where, and what to do."""

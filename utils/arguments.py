@@ -1,73 +1,77 @@
-"""Command-line parsing: advice in --help, one line for an error, and the number types that flags use by
-name."""
+"""The command line: an error in one line, the nearest flag to a mistyped one, ranges by a flag's name."""
 
 import argparse
-import math
+import difflib
+import os
 import re
 
-from utils.distributed import first_to_speak
-
 SECONDS = {"s": 1, "m": 60, "h": 3600}
+FROM_ZERO = ("seed", "workers")  # integers; all others are from 1
+AT_MOST_ONE = ("_p", "_scale", "_ema", "_fraction", "_momentum")  # endings of names
+ABOVE_ZERO = ("lr", "_tau", "tau_distill", "_loss", "_epsilon", "_fraction")  # 0 would switch all off
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line and exit status 2, and which refuses abbreviated flags.
-
-    Flags may name their type as a string: "count" (an integer from 1), "index" (an integer from 0),
-    "positive", "weight" (a number from 0), "fraction" (0 to 1), "share" (the same without 0), "interval"
-    (steps, or a time such as 90s, 10m, 1h).
-    """
+    """Errors are one line and exit status 2; flags are not abbreviated; --help shows defaults."""
 
     def __init__(self, description):
         summary, _, examples = description.partition("\n\n")
-        super().__init__(description=summary, epilog=examples, allow_abbrev=False, formatter_class=Formatter)
-        self.register("type", "count", _number(int, 1, 10**9, "a whole number from 1"))
-        self.register("type", "index", _number(int, 0, 2**62, "a whole number from 0"))
-        self.register("type", "positive", _number(float, math.ulp(0.0), 1e6, "a number above 0"))
-        self.register("type", "weight", _number(float, 0, 1e6, "a number from 0 to a million"))
-        self.register("type", "fraction", _number(float, 0, 1, "a number from 0 to 1"))
-        self.register("type", "share", _number(float, math.ulp(0.0), 1, "a number above 0, at most 1"))
-        self.register("type", "interval", interval)
+        options = {"allow_abbrev": False, "add_help": False, "formatter_class": Formatter}
+        super().__init__(description=summary, epilog=examples, **options)
 
-    def peek(self, argv, *flags):
-        """The values that argv gives these flags, or else their defaults, before the whole is parsed."""
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        names = [
-            first.add_argument(flag, nargs="?", default=self.get_default(flag.lstrip("-"))).dest
-            for flag in flags
-        ]
-        known = vars(first.parse_known_args(argv)[0])
-        return [known[name] for name in names]
+    def peek(self, argv, *names):
+        """The values that argv gives the flags of these names. Of flags that are declared later nothing is
+        known yet; but one that is near a known one, and not prefixed with such a value, is told at once."""
+        args, unknown = self.parse_known_args(argv)
+        values = [getattr(args, name) for name in names]
+        own = tuple(f"--{value}_" for value in values)
+        if near := [word for word in unknown if not word.startswith(own) and self.nearest(word, 0.8)]:
+            self.refuse(near[0])
+        return values
+
+    def parse_args(self, argv=None):
+        self.add_argument("-h", "--help", action="help", help="show this")  # once all flags are known
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            self.refuse(*unknown)
+        for name, value in vars(args).items():
+            for number in value if isinstance(value, (tuple, list)) else [value]:
+                if isinstance(number, (int, float)) and not isinstance(number, bool):
+                    self.check_range(name, number)
+        return args
+
+    def check_range(self, name, value):
+        low = 1 if isinstance(value, int) and name not in FROM_ZERO else 0
+        high = 1 if name.endswith(AT_MOST_ONE) else 2**62 if isinstance(value, int) else 1e6
+        above = low == 0 and name.endswith(ABOVE_ZERO)
+        if not low <= value <= high or (above and value == 0):
+            self.error(f"--{name} {value}: choose a number {'above' if above else 'from'} {low} to {high:g}")
+
+    def nearest(self, flag, cutoff=0.6):
+        known = re.findall(r"--\w+", self.format_usage())
+        found = difflib.get_close_matches(flag.partition("=")[0], known, 1, cutoff)
+        return found[0] if found and flag.startswith("--") else None
+
+    def refuse(self, *words):
+        near = self.nearest(words[0])
+        self.error(f"unrecognized arguments: {' '.join(words)}" + (f"; did you mean {near}?" if near else ""))
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def _print_message(self, message, file=None):
-        if first_to_speak():  # of torchrun's processes, which mostly have the same arguments
+        if os.environ.get("RANK", "0") == "0":  # torchrun's processes all have the same arguments
             super()._print_message(message, file)
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, except None, and keeps the lines of the epilog."""
+    """Shows defaults, except None and False, and keeps the lines of the epilog."""
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
     def _fill_text(self, text, width, indent):
         return text if "\n" in text else super()._fill_text(text, width, indent)
-
-
-def _number(kind, low, high, words):
-    def convert(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
-        return value
-
-    return convert
 
 
 def interval(text):

@@ -1,21 +1,20 @@
-"""Checkpoints: written whole or not at all, read without unpickling objects, and in the layouts that others
-use."""
+"""Checkpoints: written whole or not at all, read without unpickling objects, and in the layouts of others."""
 
 import argparse
 import os
-import pickle
 import sys
 import zipfile
-import zlib
 from pathlib import Path
 
 import torch
 
-from utils import RunError
+from utils import UserError
 
-# foreign names and ours, by a prefix that marks the layout; longer prefixes come before the shorter ones that
-# they contain
+# foreign names and ours, by a prefix that marks the layout; longer prefixes come before those that they
+# contain
 HEADS = {
+    "projector.": "projector.",
+    "momentum_projector.": "momentum_encoder.projector.",
     "classifier.": "classifier.",
     "predictor.": "predictor.",
     "queue_ptr": "queue.pointer",
@@ -28,20 +27,8 @@ LAYOUTS = {
         "encoder_q.": "backbone.",
         "encoder_k.": "momentum_encoder.backbone.",
     },
-    "encoder.": {
-        "encoder.": "backbone.",
-        "projector.": "projector.",
-        "momentum_encoder.": "momentum_encoder.backbone.",
-        "momentum_projector.": "momentum_encoder.projector.",
-        **HEADS,
-    },
-    "backbone.": {
-        "backbone.": "backbone.",
-        "projector.": "projector.",
-        "momentum_backbone.": "momentum_encoder.backbone.",
-        "momentum_projector.": "momentum_encoder.projector.",
-        **HEADS,
-    },
+    "encoder.": {"encoder.": "backbone.", "momentum_encoder.": "momentum_encoder.backbone.", **HEADS},
+    "backbone.": {"backbone.": "backbone.", "momentum_backbone.": "momentum_encoder.backbone.", **HEADS},
     "": {"": "backbone."},
 }
 IS_FOLDER = 0x10  # in a zip file's attributes
@@ -50,10 +37,8 @@ LAST, PREVIOUS = "last.pt", "last.prev.pt"
 
 def save(path, state, keep_previous=None):
     """Writes state (tensors, numbers, strings, lists, dicts) to path: temporary file, fsync, rename.
-
-    keep_previous: where the file that path now holds is moved first. Raises RunError, path left as it was, if
-    the disk is full or not writable.
-    """
+    keep_previous: where the file that path now holds is moved first. Raises UserError, path left as it was,
+    if the disk is full or not writable."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -64,28 +49,20 @@ def save(path, state, keep_previous=None):
         if keep_previous is not None and path.exists():
             os.replace(path, keep_previous)
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # so that the renames survive a power failure
+        os.close(folder)
     except (OSError, RuntimeError) as error:
         # torch's zip writer reports a full disk as a RuntimeError on top of the OSError
         cause = error if isinstance(error, OSError) else error.__context__ or error
         temporary.unlink(missing_ok=True)
         left = "the one before it is intact" if path.exists() else "nothing was left half-written"
-        raise RunError(
-            f"cannot save {path}: {cause}; {left}; free some space and run the same command again"
-        ) from error
-
-
-def sync_folder(folder):
-    """Makes renames in the folder survive a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        advice = "free some space and run the same command again"
+        raise UserError(f"cannot save {path}: {cause}; {left}; {advice}") from error
 
 
 def load(path):
-    """What `save`, or torch.save, wrote; tensors on the CPU. Raises RunError if it cannot be read, if a bit
+    """What `save`, or torch.save, wrote; tensors on the CPU. Raises UserError if it cannot be read, if a bit
     of it has changed, or if it holds objects."""
     try:
         if zipfile.is_zipfile(path):
@@ -96,144 +73,118 @@ def load(path):
         # a Namespace of hyper-parameters is the one plain object that Lightning checkpoints commonly carry
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = (
-            "it holds Python objects besides tensors, which are not opened"
-            if "global" in str(error).lower()
-            else "it is damaged"
-        )
-        raise RunError(f"cannot read checkpoint {path}: {reason}") from error
-    except FileNotFoundError as error:
-        raise RunError(f"no checkpoint {path}") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
-        raise RunError(f"cannot read checkpoint {path}: it is damaged or no checkpoint ({reason})") from error
+    except Exception as error:  # what damage leads to is not known
+        words = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
+        reason = f"it is damaged or no checkpoint ({words})"
+        if isinstance(error, FileNotFoundError):
+            reason = "there is none"
+        elif "global" in str(error).lower():
+            reason = "it holds Python objects besides tensors, which are not opened"
+        raise UserError(f"cannot read checkpoint {path}: {reason}") from error
 
 
 def exists(folder):
-    """Whether a run folder holds a state to resume from."""
-    return any((Path(folder) / name).exists() for name in (LAST, PREVIOUS))
+    """The states of a run folder to resume from, the newest first."""
+    return [Path(folder) / name for name in (LAST, PREVIOUS) if (Path(folder) / name).exists()]
 
 
 def load_last(folder, warn=True):
     """The newest state of a run folder that can be read, or None in a new one; warn: of those that cannot."""
-    found = [Path(folder) / name for name in (LAST, PREVIOUS) if (Path(folder) / name).exists()]
-    for path in found:
+    for path in exists(folder):
         try:
             state = load(path)
-            if not isinstance(state, dict) or "counters" not in state:
-                raise RunError(f"cannot read checkpoint {path}: it is not the state of a run")
-            return state
-        except RunError as error:
-            if warn:
-                print(f"warning: {error}; going back to the one before it", file=sys.stderr)
-    if found:
-        raise RunError(
-            f"no readable checkpoint in {folder}: remove {found[0].name} to start again from the beginning"
-        )
+            if isinstance(state, dict) and "counters" in state:
+                return state
+            reason = f"{path} is not the state of a run"
+        except UserError as error:
+            reason = error
+        if warn:
+            print(f"warning: {reason}; going back to the one before it", file=sys.stderr)
+    if exists(folder):
+        raise UserError(f"no readable checkpoint in {folder}: remove {LAST} and {PREVIOUS} to start anew")
     return None
 
 
 def read_network(path):
     """A backbone, and the heads that came with it, from any of these layouts: taskN.pt; solo-learn's,
     CaSSLe's and PNR's ("state_dict" with encoder.*, projector.*, momentum_*); MoCo's (module.encoder_q.*); a
-    bare torchvision state_dict.
-
-    Returns a dict: "backbone" and "heads" (state_dicts, in this project's names), "config" (the arguments of
-    the run that wrote it, or None), and "left_out" (what has no place here: the first part of its names).
-    """
+    bare torchvision state_dict. Returns a dict: "backbone" and "heads" (state_dicts, in this project's
+    names), "config" (the arguments of the run that wrote it, or None), and "left_out" (what has no place
+    here: the first part of its names)."""
     content = load(path)
-    if isinstance(content, dict) and all(isinstance(content.get(k), dict) for k in ("backbone", "heads")):
+    content = content if isinstance(content, dict) else {}
+    if all(isinstance(content.get(k), dict) for k in ("backbone", "heads")):
         config = content.get("config")
         return {**content, "config": config if isinstance(config, dict) else None, "left_out": set()}
-    if isinstance(content, dict):
-        content = next(
-            (content[k] for k in ("state_dict", "model") if isinstance(content.get(k), dict)), content
-        )
-    if not isinstance(content, dict) or not any(torch.is_tensor(v) for v in content.values()):
-        raise RunError(f"{path} holds no network: expected a state_dict of tensors")
+    content = next((content[k] for k in ("state_dict", "model") if isinstance(content.get(k), dict)), content)
     tensors = {str(k).removeprefix("module."): v for k, v in content.items() if torch.is_tensor(v)}
+    if not tensors:
+        raise UserError(f"{path} holds no network: expected a state_dict of tensors")
     renames = next(table for mark, table in LAYOUTS.items() if any(k.startswith(mark) for k in tensors))
-    heads, left_out = {}, set()
+    backbone, heads, left_out = {}, {}, set()
     for key, value in tensors.items():
         prefix = next((p for p in renames if key == p or (key.startswith(p) and p[-1:] in (".", ""))), None)
-        if prefix is not None and not key.startswith((f"{prefix}fc.", "fc.")):
-            heads[renames[prefix] + key.removeprefix(prefix)] = value
-        else:
+        if prefix is None or key.startswith((f"{prefix}fc.", "fc.")):
             left_out.add(key.split(".")[0])
-    backbone = {k.removeprefix("backbone."): heads.pop(k) for k in list(heads) if k.startswith("backbone.")}
+        elif renames[prefix] == "backbone.":
+            backbone[key.removeprefix(prefix)] = value
+        else:
+            heads[renames[prefix] + key.removeprefix(prefix)] = value
     return {"backbone": backbone, "heads": heads, "config": None, "left_out": left_out}
 
 
 def load_strictly(module, state, path, what):
-    """module.load_state_dict with the first misfit as one line."""
-    own = module.state_dict()
-    for key in own:
-        if key not in state:
-            raise RunError(f"{path} is a checkpoint of another architecture than {what}: it has no {key}")
-        if own[key].shape != state[key].shape:
-            shapes = f"{tuple(state[key].shape)} where {tuple(own[key].shape)} is expected"
-            raise RunError(f"{path} is a checkpoint of another architecture than {what}: {key} is {shapes}")
-    for key in state:
-        if key not in own:
-            raise RunError(
-                f"{path} is a checkpoint of another architecture than {what}: {key} has no place in it"
-            )
-    module.load_state_dict(state, strict=True)
+    """module.load_state_dict; raises UserError with the first misfit."""
+    try:
+        module.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        misfit = str(error).split("\n")[1].strip()
+        raise UserError(f"{path} is a checkpoint of another architecture than {what}: {misfit}") from error
 
 
 def load_method(method, path, what, tasks, online=None):
     """Puts the network of a first task into a method: all of it from a task0.pt, from other layouts what the
-    method has a place for. tasks: the names of this run's tasks; raises RunError if a task0.pt is of others,
-    or is no task0.pt.
-
-    Where a checkpoint has no momentum encoder, that starts as a copy of the student; a predictor, or a queue
-    of the same size, that it does not have stays random. online: the OnlineProbe, or None; raises RunError if
-    the checkpoint has no classifier for it. Returns a line that says what became of what.
-    """
+    method has a place for. tasks: the names of this run's tasks; raises UserError if a task0.pt is of others,
+    or is no task0.pt. Where a checkpoint has no momentum encoder, that starts as a copy of the student; a
+    predictor, or a queue of the same size, that it does not have stays random. online: the OnlineProbe, or
+    None; raises UserError if the checkpoint has no classifier for it. Returns a line that says what became of
+    what."""
     network = read_network(path)
     state = {f"backbone.{k}": v for k, v in network["backbone"].items()} | network["heads"]
     classifier = {k: state.pop(k) for k in list(state) if k.startswith("classifier.")}
-    if isinstance(network.get("online"), dict):
-        classifier = network["online"]
+    classifier = network["online"] if isinstance(network.get("online"), dict) else classifier
     if online is not None and not classifier:
-        raise RunError(
-            f"--online_probe: {path} holds no classifier, and so there is no accuracy after the first task: "
-            "train that task with --online_probe, too, or pass --online_probe off"
-        )
+        advice = "train the first task with --online_probe, too, or pass --online_probe off"
+        raise UserError(f"--online_probe: {path} holds no classifier that could go on: {advice}")
+    if network.get("task", 0) != 0 or network.get("tasks", tasks)[:1] != tasks[:1]:
+        raise UserError(f"{path} is not a network of this run's first task: it was trained on other data")
     fresh, left_out = fit(state, method.state_dict()) if network["config"] is None else (set(), set())
     left_out |= network["left_out"] | ({"classifier"} if classifier and online is None else set())
     load_strictly(method, state, path, what)
     if online is not None:
         load_strictly(online, classifier, path, what)
         state |= classifier
-    if network.get("task", 0) != 0 or network.get("tasks", tasks)[:1] != tasks[:1]:
-        raise RunError(f"{path} is not a network of this run's first task: it was trained on other data")
     taken = {key.split(".")[0] for key in state} - fresh
     if "momentum_encoder" in fresh:
         fresh = fresh - {"momentum_encoder"} | {"momentum_encoder (a copy of the student)"}
-    notes = (("started anew", fresh), ("left out", left_out))
-    notes = [f"{words}: {', '.join(sorted(names))}" for words, names in notes if names]
-    return "; ".join([f"first task from {path}: {', '.join(sorted(taken))}", *notes])
+    notes = ((f"first task from {path}", taken), ("started anew", fresh), ("left out", left_out))
+    return "; ".join(f"{words}: {', '.join(sorted(names))}" for words, names in notes if names)
 
 
 def fit(state, own):
     """Makes another project's state one for a method whose own is given, in place: a queue of the same size
     is turned ([2, D, K] there), what has no place is dropped, what is missing is filled in; but for backbone
     and projector, which have to fit. Returns the names of what was filled in, and of what was dropped."""
-    fresh, dropped, needed = set(), set(), ("backbone.", "projector.")
     rows, pointer = state.pop("queue.rows", None), state.pop("queue.pointer", None)
+    dropped, needed = set() if rows is None and pointer is None else {"queue"}, ("backbone.", "projector.")
     if rows is not None and rows.dim() == 3 and pointer is not None and pointer.numel() == 1:
         rows = rows.transpose(1, 2).contiguous()
         if "queue.rows" in own and own["queue.rows"].shape == rows.shape:
-            state["queue.rows"], state["queue.pointer"] = rows, pointer.reshape(())
-    if "queue.rows" not in state and (rows is not None or pointer is not None):
-        dropped.add("queue")
+            state["queue.rows"], state["queue.pointer"], dropped = rows, pointer.reshape(()), set()
     for key in [key for key in state if key not in own and not key.startswith(needed)]:
         del state[key]
         dropped.add(key.split(".")[0])
-    for key, value in own.items():
-        if key not in state and not key.startswith(needed):
-            state[key] = state.get(key.removeprefix("momentum_encoder."), value)
-            fresh.add(key.split(".")[0])
-    return fresh, dropped
+    fresh = [key for key in own if key not in state and not key.startswith(needed)]
+    for key in fresh:
+        state[key] = state.get(key.removeprefix("momentum_encoder."), own[key])
+    return {key.split(".")[0] for key in fresh}, dropped

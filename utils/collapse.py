@@ -13,7 +13,7 @@ import torch.nn.functional as F
 COLLAPSED_STD = 0.02  # of features, or projections, that are as good as equal
 
 
-def spread(z):
+def feature_std(z):
     """sqrt(D) x the standard deviation of unit-length features, mean over dimensions: 1 if spread out, 0 if
     all are equal (representation collapse). z: [N, D]. Source: Chen and He, SimSiam (CVPR 2021)."""
     z = z.detach()
@@ -21,7 +21,7 @@ def spread(z):
 
 
 def collapsed(report):
-    """Whether `health` reports a total collapse: all features equal, or all on one line."""
+    """Whether `collapse_metrics` reports a total collapse: all features equal, or all on one line."""
     return report["feature_std"] < COLLAPSED_STD or report["effective_rank"] < 1.5
 
 
@@ -48,10 +48,7 @@ def code_entropy(codes):
 
 def intracluster_variance(x, codes):
     """Share of the features' variance that lies within codes: 0 if all samples of a code are equal
-    (intracluster collapse).
-
-    x: [N, D]; codes: int64 [N], and their number.
-    """
+    (intracluster collapse). x: [N, D]; codes: int64 [N], and their number."""
     index, count = codes
     x = x.double()
     sums = torch.zeros(count, x.shape[1], dtype=x.dtype, device=x.device).index_add_(0, index, x)
@@ -60,25 +57,12 @@ def intracluster_variance(x, codes):
     return float((x - means[index]).square().sum() / total)
 
 
-def health(x, codes=None):
+def collapse_metrics(x, codes=None):
     """All monitors by name, and the singular values. x: features [N, D]; codes: (int64 [N], their number)
     where there are any."""
     values = singular_values(x)
-    report = {"feature_std": spread(x), "effective_rank": effective_rank(values)}
+    report = {"feature_std": feature_std(x), "effective_rank": effective_rank(values)}
     if codes is not None:
-        report |= {
-            "code_entropy": code_entropy(codes),
-            "intracluster_variance": intracluster_variance(x, codes),
-        }
+        report["code_entropy"] = code_entropy(codes)
+        report["intracluster_variance"] = intracluster_variance(x, codes)
     return report, values
-
-
-def plot_spectrum(values):
-    """The log singular-value spectrum as a matplotlib figure; a cliff is a dimensional collapse."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 3), dpi=100, layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(values.clamp(min=1e-12).log10().tolist())
-    axes.set(xlabel="index", ylabel="log10 singular value of the features")
-    return figure

@@ -1,24 +1,34 @@
-"""One process, or one of many that torchrun started."""
+"""One process, or one of many that torchrun started; and how each of them ends."""
 
-import contextlib
-import ctypes
-import functools
+import errno
 import gc
+import multiprocessing
 import os
-import socket
-import time
+import signal
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from utils import RunError
+from utils import UserError
 
-MEETING = timedelta(minutes=10)  # processes may be so far apart when they start
-DECODING = timedelta(
-    hours=12
-)  # rank 0 may decode a data set before the others; torchrun notices at once when a process ends
+TIMEOUT = timedelta(hours=12)  # rank 0 may decode a data set before the others
+AGAIN = "what was saved is safe: the same command again goes on"
+MEMORY = "out of memory: lower --batch_size, --image_size, --width or the size of queue or heads"
+KILLED = "a worker process that decodes images was killed, as a system out of memory does, or a container"
+KNOWN_ERRORS = {  # words of RuntimeErrors, and what they mean
+    "DataLoader timed out": f"no images came for minutes: does the disk of --data_dir answer? {AGAIN}",
+    "DataLoader worker": f"{KILLED} out of shared memory: lower --workers or --batch_size; {AGAIN}",
+    "can't allocate memory": MEMORY,
+    "CUDA out of memory": MEMORY,
+    **dict.fromkeys(
+        ("closed by peer", "reset by peer", "remote process exited"),
+        f"another process of this run ended without a word: was it killed, or did its machine fail? {AGAIN}",
+    ),
+}
+store = None  # where the processes met
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ class Process:
     def main(self):
         return self.rank == 0
 
-    def first(self, function):
+    def rank0_first(self, function):
         """The function's result, on rank 0 before the others, so that these find the files that it writes."""
         if not self.main:
             dist.barrier()
@@ -42,21 +52,18 @@ class Process:
             dist.barrier()
         return result
 
-    def counts(self, count):
-        """The counts of all ranks, a list."""
-        if self.world == 1:
-            return [count]
-        counts = torch.zeros(self.world, dtype=torch.int64, device=self.device)
-        counts[self.rank] = count
-        dist.all_reduce(counts)
-        return counts.tolist()
+    def collect(self, x):
+        """x of all ranks, in rank order: any small objects."""
+        found = [x] * self.world
+        if self.world > 1:
+            dist.all_gather_object(found, x)
+        return found
 
     def gather(self, x):
-        """The rows of all ranks, in rank order, on every rank. x: [n, ...]; n may differ from rank to
-        rank."""
+        """The rows of all ranks, in rank order, on all of them. x: [n, ...]; n may differ between ranks."""
         if self.world == 1:
             return x
-        counts = self.counts(len(x))
+        counts = self.collect(len(x))
         padded = x.new_zeros(max(counts), *x.shape[1:])
         padded[: len(x)] = x
         parts = [torch.empty_like(padded) for _ in counts]
@@ -65,146 +72,82 @@ class Process:
 
     def sum(self, *tensors):
         """Replaces each tensor by its sum over ranks."""
-        if self.world > 1:
-            for x in tensors:
-                dist.all_reduce(x)
+        for x in tensors if self.world > 1 else ():
+            dist.all_reduce(x)
+
+    def any_rank(self, flag):
+        """Whether the flag is set on one of the ranks. Waits for the device where there are several."""
+        if self.world == 1:
+            return bool(flag)
+        votes = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(votes)
+        return bool(votes)
 
     def require_same(self, values):
-        """Raises RunError unless all ranks give equal values, by name."""
-        if self.world > 1:
-            ranks = [None] * self.world
-            dist.all_gather_object(ranks, values)
-            for rank, others in enumerate(ranks):
-                for name, value in ranks[0].items():
-                    if (other := others.get(name)) != value:
-                        raise RunError(
-                            f"process {rank} of {self.world} has another {name} than process 0: {other}, not "
-                            f"{value}; all machines "
-                            "need the same flags, the same images, and one run folder that they share"
-                        )
-
-    def union(self, items):
-        """The set of all ranks' items."""
-        if self.world == 1:
-            return set(items)
-        lists = [None] * self.world
-        dist.all_gather_object(lists, list(items))
-        return set().union(*lists)
-
-    def agree(self, flag, now):
-        """True on every rank if `now` (the same on all) and the flag is set on one of them; waits for the
-        device if so."""
-        if self.world == 1 or not now:
-            return flag and self.world == 1
-        votes = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(votes, dist.ReduceOp.MAX)
-        return bool(votes)
+        """Raises UserError unless all ranks give equal values, by name."""
+        first, *others = self.collect(values)
+        for rank, other in enumerate(others, 1):
+            for name in (name for name in first if other[name] != first[name]):
+                words = f"process {rank} of {self.world} has another {name} than process 0"
+                need = "all machines need the same flags, the same images, and one run folder that they share"
+                raise UserError(f"{words}: {other[name]}, not {first[name]}; {need}")
 
 
 def start(device):
-    """Joins torchrun's processes, if it started this one. device: "auto", "cpu" or "cuda".
-
-    Raises RunError if CUDA is asked for and there is none.
-    """
-    store = meeting_place()
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RunError(
-            "--device cuda: this machine, or this PyTorch build, has no usable CUDA device; use --device cpu "
-            "or auto"
-        )
+    """Joins torchrun's processes, if it started this one. device: "auto", "cpu" or "cuda". Raises UserError
+    if CUDA is asked for and there is none."""
+    global store
     cuda = device != "cpu" and torch.cuda.is_available()
-    rank, world, local = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    if device == "cuda" and not cuda:
+        raise UserError("--device cuda: no usable CUDA device in this machine: use --device cpu or auto")
+    rank, world, local = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if cuda:
         if local >= torch.cuda.device_count():
-            raise RunError(
-                f"{local + 1} processes or more on a machine with {torch.cuda.device_count()} CUDA devices: "
-                "start fewer"
-            )
+            raise UserError(f"--nproc_per_node: this machine has {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(local)
         torch.backends.cudnn.benchmark = True
-    else:
-        keep_heap()
     if world > 1:
-        group = dist.PrefixStore("group", store)
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", store=group, rank=rank, world_size=world, timeout=DECODING
-        )
-    return Process(torch.device("cuda", local) if cuda else torch.device("cpu"), rank, world)
+        try:
+            store, rank, world = next(dist.rendezvous("env://"))
+        except (ValueError, dist.DistError) as error:
+            why = str(error).splitlines()[0]
+            raise UserError(f"the processes of WORLD_SIZE do not meet ({why}): use torchrun") from error
+        backend, group = "nccl" if cuda else "gloo", dist.PrefixStore("group", store)
+        dist.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=TIMEOUT)
+    return Process(torch.device("cuda", local) if cuda else torch.device("cpu"), rank, max(world, 1))
 
 
-def meeting_place():
-    """The part of torchrun's key-value store that is these processes' own; None for a process alone. Waits
-    for all of them, once.
-
-    Raises RunError if they do not meet.
-    """
-    met = _meet()
-    if isinstance(met, RunError):
-        raise met
-    return met
-
-
-@functools.cache
-def _meet():
-    """meeting_place's store, or its error.
-
-    After a restart torchrun's store is the same one and holds the addresses of processes that have gone, and
-    the torchruns of two machines may count restarts differently. So rank 0 names a new part of the store, and
-    tells each rank that comes to the door, which says that it has heard.
-    """
-    own = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
+def report_errors(function, program):
+    """The exit status of function(), or 0. What a user can mend is one line and status 2; an error that many
+    ranks meet, or that ends the others, is told once, by the first of them."""
     try:
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if world == 1:
-            return None
-        store, _, _ = next(dist.rendezvous("env://"))
-        if rank > 0:
-            store.set(f"at the door: {rank}", own)
-            store.wait([f"room of {own}"], MEETING)
-            room = store.get(f"room of {own}").decode()
-            store.set(f"{room} has {rank}", "")
-            return dist.PrefixStore(room, store)
-        missing, deadline = set(range(1, world)), time.monotonic() + MEETING.total_seconds()
-        while missing:
-            if time.monotonic() > deadline:
-                return RunError(f"{len(missing)} of {world} processes did not come: what they say tells why")
-            for other in filter(lambda other: store.check([f"at the door: {other}"]), missing):
-                store.set(f"room of {store.get(f'at the door: {other}').decode()}", own)
-            missing = {other for other in missing if not store.check([f"{own} has {other}"])}
-            time.sleep(0.02)
-        return dist.PrefixStore(own, store)
-    except (ValueError, dist.DistError) as error:
-        reason = str(error).splitlines()[0]
-        return RunError(
-            f"the processes that WORLD_SIZE={os.environ['WORLD_SIZE']} promises do not meet ({reason}): use "
-            "torchrun"
-        )
+        status = function() or 0
+        if dist.is_initialized():
+            gc.collect()  # of DDP, which would end the group while it holds the interpreter: a deadlock
+            dist.destroy_process_group()
+        return status
+    except Exception as error:
+        message = explain(error)
+        try:
+            speaks = store is None or store.add("spoken", 1) == 1
+        except RuntimeError:  # it has gone with the process that kept it
+            speaks = True
+        if speaks and message is None:
+            raise
+        if speaks:
+            print(f"{program}: error: {message}", file=sys.stderr)
+        return 1 if message is None else 2
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's takes the end of a worker for an error
+        for worker in multiprocessing.active_children():  # for which the interpreter would wait
+            worker.kill()
 
 
-def first_to_speak():
-    """True on the first rank that asks. An error that many ranks meet, or that ends the others, is told
-    once."""
-    try:
-        return meeting_place() is None or meeting_place().add("spoken", 1) == 1
-    except (RuntimeError, RunError):  # there is no store, or it has gone with the process that kept it
-        return True
-
-
-def keep_heap():
-    """Asks glibc, where there is one, to keep freed memory: to give a step's tensors back to the system and
-    to fetch them anew, page by page, takes a CPU longer than to fill them."""
-    trim_threshold, mmap_max = -1, -4
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        library = ctypes.CDLL(None)
-        library.mallopt(trim_threshold, -1)  # never
-        library.mallopt(mmap_max, 0)  # large tensors, too, come from the heap
-
-
-def stop():
-    """Leaves the other processes, when the model is no longer used."""
-    if dist.is_initialized():
-        gc.collect()  # of DDP, which would end the group while it holds the interpreter: a deadlock
-        dist.destroy_process_group()
+def explain(error):
+    """One line for an error; None where only a traceback can say what it is."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{error}; free some space and run the same command again"
+    if isinstance(error, (UserError, OSError)):
+        return str(error)
+    told = (advice for words, advice in KNOWN_ERRORS.items() if words in str(error))
+    return next(told, None) if isinstance(error, RuntimeError) else None

@@ -5,7 +5,6 @@ timings go to TensorBoard and to the terminal.
 """
 
 import json
-import math
 import os
 import sys
 import threading
@@ -13,11 +12,26 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
-PLAIN_SECONDS = 10  # at least so far apart are the lines of a run without a terminal
+
+class Lines:
+    """What tqdm writes, as lines."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), flush=True)
+
+    def flush(self):
+        pass
+
+
+def bar(*iterable, delay=30, **options):
+    """tqdm; without a terminal a line now and then, and none for what is done within the delay."""
+    if sys.stderr.isatty():
+        return tqdm(*iterable, dynamic_ncols=True, **options)
+    plain = {"bar_format": "{desc}: {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}", "delay": delay}
+    return tqdm(*iterable, file=Lines(), mininterval=10, **plain, **options)
 
 
 class Log:
@@ -25,12 +39,13 @@ class Log:
     other than 0).
 
     offset, step: the size of metrics.jsonl and the global step of the checkpoint that the run resumes from;
-    what was written after it is dropped, since it will be written again.
-    """
+    what was written after it is dropped, since it will be written again."""
 
     def __init__(self, folder, offset=0, step=0):
         self.file = self.writer = None
         if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
             path = Path(folder) / "metrics.jsonl"
             self.file = open(path, "a+")
             self.file.truncate(min(offset, path.stat().st_size))
@@ -40,39 +55,24 @@ class Log:
 
     def metrics(self, kind, step, values, **where):
         """One line in metrics.jsonl, and each number as the TensorBoard scalar kind/name."""
-        if self.file is None:
-            return
-        self.file.write(json.dumps({"kind": kind, "step": step, **where, **values}) + "\n")
-        self.scalars(kind, step, values)
+        if self.file is not None:
+            self.file.write(json.dumps({"kind": kind, "step": step, **where, **values}) + "\n")
+            self.scalars(kind, step, values)
 
     def scalars(self, kind, step, values):
         """TensorBoard only: what depends on the machine."""
-        if self.writer is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self.writer.add_scalar(f"{kind}/{name}", value, step)
+        for name, value in values.items():
+            if self.writer is not None and isinstance(value, (int, float)):
+                self.writer.add_scalar(f"{kind}/{name}", value, step)
 
     def views(self, step, views, mean, std, count=8):
         """A grid with the two views of some images, above each other."""
-        if self.writer is None:
-            return
-        shape = (1, 3, 1, 1)
-        mean, std = (views[0].new_tensor(s).view(shape) for s in (mean, std))
-        rows = torch.stack([v[:count] for v in views])  # 2 x count images
-        grid = make_grid(rows.flatten(0, 1), nrow=rows.shape[1])
-        self.writer.add_image("views", (grid * std[0] + mean[0]).clamp(0, 1), step)
-
-    def figure(self, name, figure, step):
         if self.writer is not None:
-            self.writer.add_figure(name, figure, step)
+            from torchvision.utils import make_grid
 
-    def hparams(self, arguments, values):
-        if self.writer is not None:
-            simple = {
-                k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in arguments.items()
-            }
-            known = {f"final/{k}": v for k, v in values.items() if isinstance(v, float)}
-            self.writer.add_hparams(simple, known, run_name=".")
+            rows = torch.cat([view[:count] for view in views])
+            mean, std = (rows.new_tensor(s).view(3, 1, 1) for s in (mean, std))
+            self.writer.add_image("views", make_grid((rows * std + mean).clamp(0, 1), len(rows) // 2), step)
 
     def flush(self):
         """Puts everything on the disk; returns the size of metrics.jsonl, for the checkpoint."""
@@ -85,62 +85,77 @@ class Log:
 
 
 def pass_over_oserror(failed):
-    """What a thread that failed prints: nothing where a disk did, since TensorBoard's thread tells that to
-    the main one."""
+    """Of a thread that a full disk has ended nothing is printed: TensorBoard tells the main thread."""
     if not isinstance(failed.exc_value, OSError):
         threading.__excepthook__(failed)
 
 
-class Progress:
-    """One bar for a task's steps on a terminal, a plain line now and then elsewhere, nothing on ranks other
-    than 0."""
+class Meter:
+    """Sums of what a step measures, over an epoch, kept on the device, so that no step waits for it."""
 
-    def __init__(self, task, tasks, epochs, steps, done, shown):
-        self.title = f"task {task} (of {tasks})"
-        self.epochs, self.steps, self.done, self.total = epochs, steps, done, epochs * steps
-        self.shown = shown
-        terminal = shown and sys.stderr.isatty()
-        self.bar = (
-            tqdm(total=self.total, initial=done, desc=self.title, unit="step", dynamic_ncols=True)
-            if terminal
-            else None
-        )
-        self.start, self.start_done = time.monotonic(), done
-        self.printed, self.printed_done = -math.inf, None
+    def __init__(self, device):
+        self.device, self.names, self.sums, self.count = device, [], None, 0
+        self.bad_step = torch.full((), -1, device=device)
+
+    def add(self, terms, step):
+        """terms: 0-dim tensors by name, the loss first; step: the global step that they belong to."""
+        self.last = torch.stack([t.detach() for t in terms.values()])
+        if self.sums is None:
+            self.names, self.sums = list(terms), torch.zeros_like(self.last)
+        self.sums += self.last
+        self.count += 1
+        self.bad_step = torch.where((self.bad_step < 0) & ~self.last.isfinite().all(), step, self.bad_step)
+
+    def latest(self):
+        """The last step's loss and terms by name. Waits for the device."""
+        return dict(zip(self.names, self.last.tolist()))
+
+    def means(self):
+        """Of the epoch by name; the next epoch starts from zero. Waits for the device."""
+        means = dict(zip(self.names, (self.sums / self.count).tolist()))
+        self.sums, self.count = None, 0
+        return means
+
+    def state_dict(self):
+        return {"names": self.names, "sums": self.sums, "count": self.count}
+
+    def load_state_dict(self, state):
+        self.names, self.count = state["names"], state["count"]
+        self.sums = None if state["sums"] is None else state["sums"].to(self.device)
+
+
+class Progress:
+    """A bar for a task's steps, with images per second and the share of the time spent waiting for data."""
+
+    def __init__(self, task, args, epochs, steps, done, shown):
+        self.done, self.total, self.batch_size = done, epochs * steps, args.batch_size
+        options = {"desc": f"task {task} (of {args.num_tasks})", "unit": "step", "delay": 0}
+        self.bar = bar(total=self.total, initial=done, disable=not (shown and self.total), **options)
+        self.read, self.read_done, self.waited = time.monotonic(), done, 0.0
 
     @property
     def share(self):
         """Of the task's steps done, 0 to 1."""
         return self.done / max(self.total, 1)
 
+    def watch(self, batches):
+        """Yields the batches, counts them, and the time until each was there."""
+        before = time.monotonic()
+        for batch in batches:
+            self.waited += time.monotonic() - before
+            yield batch
+            before = time.monotonic()
+
     def step(self):
         self.done += 1
-        if self.bar is not None:
-            self.bar.update()
+        self.bar.update()
 
-    def say(self, loss, lr, images_per_second, waiting):
-        speed = f"{images_per_second:.0f} images/s, {100 * waiting:.0f} % waiting for data"
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.4f}, {speed}")
-        elif self.shown and self.done != self.printed_done and self.line_is_due():
-            self.printed, self.printed_done = time.monotonic(), self.done
-            left = (
-                (self.total - self.done) * (self.printed - self.start) / max(self.done - self.start_done, 1)
-            )
-            eta = time.strftime("%H:%M:%S", time.gmtime(left)) if left < 86400 else f"{left / 86400:.1f} days"
-            epoch = max(self.done - 1, 0) // self.steps + 1
-            print(f"{self.title} epoch {epoch}/{self.epochs} step {self.done}/{self.total} loss {loss:.4f} "
-                  f"lr {lr:.4f} "
-                  f"{speed}, {eta} left", flush=True)  # fmt: skip
-
-    def warn(self, message):
-        """A line on stderr that leaves the bar whole."""
-        if self.shown:
-            tqdm.write(f"warning: {message}", file=sys.stderr)
-
-    def line_is_due(self):
-        return self.done == self.total or time.monotonic() - self.printed > PLAIN_SECONDS
-
-    def close(self):
-        if self.bar is not None:
-            self.bar.close()
+    def say(self, epoch, loss, lr):
+        """Loss and rate beside the bar; returns the speed since it was called before, by name."""
+        seconds, images = time.monotonic() - self.read, (self.done - self.read_done) * self.batch_size
+        speed = {"images_per_second": images / seconds, "data_wait_share": self.waited / seconds}
+        words = f"epoch {epoch + 1}, loss {loss:.4f}, lr {lr:.4f}, {images / seconds:.0f} images/s"
+        words += f", {100 * self.waited / seconds:.0f} % waiting for data"
+        self.bar.set_postfix_str(words, refresh=False)
+        self.read, self.read_done, self.waited = time.monotonic(), self.done, 0.0
+        return speed

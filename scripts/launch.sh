@@ -1,13 +1,8 @@
 # Sourced by the run scripts with their arguments: [METHOD] [REGULARIZER] [further flags of main_cssl.py], default moco pnr. Sets
-# DATA, OUT (empty if not given), METHOD, REGULARIZER, GPUS and FLAGS, goes to the repository's root, and defines `fail` and `launch`.
+# METHOD, REGULARIZER, GPUS and FLAGS, and defines `launch`. Relative paths are the caller's.
 # TORCHRUN: flags of torchrun for several machines (slurm/cssl.sbatch sets them).
-SCRIPT=$(basename "$0")
-fail() { echo "$SCRIPT: error: $1" >&2; exit 2; }
-
-# relative folders are those of the caller
-case ${DATA:=datasets} in datasets|/*) ;; *) DATA=$PWD/$DATA ;; esac
-case ${OUT:=} in ""|/*) ;; *) OUT=$PWD/$OUT ;; esac
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source "$(dirname "${BASH_SOURCE[0]}")/python.sh"
+need torch || fail "no python with PyTorch: activate an environment that has it, or let bash run_quickstart.sh make .venv"
 METHOD=moco REGULARIZER=pnr GPUS=${GPUS:-1}
 if [[ $# -gt 0 && $1 != -* ]]; then METHOD=$1; shift; fi
 if [[ $# -gt 0 && $1 != -* ]]; then REGULARIZER=$1; shift; fi
@@ -16,13 +11,13 @@ FLAGS=("$@")
 
 # launch [flags]: main_cssl.py with them, on GPUS processes; the caller's own flags come last, and win
 launch() {
-  source utils/python.sh requirements.txt
   local command=("$PYTHON")
   if [ "$GPUS" -gt 1 ] || [ -n "${TORCHRUN:-}" ]; then
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # processes that are started again meet anew
     # shellcheck disable=SC2206
     command+=(-m torch.distributed.run ${TORCHRUN:---standalone} --nproc_per_node "$GPUS"
               --signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1) # so that SIGUSR1, too, reaches the processes
   fi
-  exec "${command[@]}" main_cssl.py --data_dir "$DATA" --backbone resnet18 --method "$METHOD" --regularizer "$REGULARIZER" "$@" \
-    --out_dir "$OUT" ${FLAGS[@]+"${FLAGS[@]}"}
+  exec "${command[@]}" "$ROOT/main_cssl.py" --data_dir "${DATA:-datasets}" ${OUT:+--out_dir "$OUT"} --backbone resnet18 \
+    --method "$METHOD" --regularizer "$REGULARIZER" "$@" ${FLAGS[@]+"${FLAGS[@]}"}
 }

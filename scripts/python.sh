@@ -1,0 +1,21 @@
+# Sourced by the run scripts: ROOT is the repository; `need` sets PYTHON, `install` makes .venv, `fail` ends with one line.
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+fail() { echo "$(basename "$0"): error: $1" >&2; exit 2; }
+
+# need PACKAGE [PACKAGE ...]: PYTHON, if it is given; or `python`, as of an active environment, or else that of .venv, where it
+# has the packages
+need() {
+  [ -z "${PYTHON:-}" ] || return 0
+  for PYTHON in python "$ROOT/.venv/bin/python"; do
+    "$PYTHON" -c "import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))" "$@" 2> /dev/null && return 0
+  done
+  return 1
+}
+
+# install FILE [FILE ...]: makes .venv, with the packages of requirements files
+install() {
+  echo "installing $* into $ROOT/.venv (once; PyTorch is large)" >&2
+  PYTHON=$ROOT/.venv/bin/python
+  [ -x "$PYTHON" ] || python3 -m venv "$ROOT/.venv"
+  for file in "$@"; do "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/$file"; done
+}

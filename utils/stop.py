@@ -1,0 +1,45 @@
+"""SIGTERM, SIGUSR1 and Ctrl-C: one line and status 128 + the signal, and no step lost."""
+
+import contextlib
+import os
+import signal
+import sys
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Stop:
+    """From its creation on a signal ends the program: at once, or, within `deferred`, when the loop has saved
+    and calls `leave`. A second one does not wait."""
+
+    def __init__(self, program):
+        self.program, self.signal, self.deferring = program, None, False
+        for number in SIGNALS:
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        again, self.signal = self.signal is not None, signal.Signals(number)
+        if not self.deferring or again:
+            self.tell()
+            os._exit(128 + number)  # what it interrupts, such as a callback, might swallow SystemExit
+
+    @contextlib.contextmanager
+    def deferred(self):
+        self.deferring = True
+        yield
+        self.deferring = False
+        if self.signal is not None:
+            self.leave()
+
+    def leave(self):
+        """After saving."""
+        self.signal = self.signal or signal.SIGTERM  # another rank's
+        self.tell()
+        sys.exit(128 + self.signal)
+
+    def tell(self):
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        if os.environ.get("RANK", "0") == "0":
+            words = "what was saved is safe: run the same command again to go on"
+            os.write(2, f"{self.program}: stopped by {self.signal.name}; {words}\n".encode())
