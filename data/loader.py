@@ -109,7 +109,7 @@ class Stream:
         """Yields (uint8 crops [V, n, 3, S, S] on the device, labels [n]) for each request (indices, key)."""
         labels, skipped = self.images.labels, self.images.skipped
         self.requests.next = requests
-        # a worker inherits that: it leaves signals to the main process, which could not save without it
+        # workers inherit the mask: they leave signals to the main process, which could not save without them
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         batches = iter(self.loader)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

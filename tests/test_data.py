@@ -7,10 +7,8 @@ import shutil
 import numpy as np
 import pytest
 import scipy.io
-import torch
 import trees
 from conftest import TINY, arguments, crash, fails, outcome, run, same
-from trees import numbers
 
 import main_linear
 from data import DATASETS
@@ -32,7 +30,7 @@ plain        folder       class,data         --batch_size 2
 unlabelled   folder       joint,data         --batch_size 2
 """
 SETS = {name: parts for name, *parts in (line.split(maxsplit=3) for line in SETS.strip().splitlines())}
-CASES = [(name, scenario) for name, parts in SETS.items() for scenario in parts[1].split(",")]
+CASES = [(name, scenario) for name, (_, scenarios, _) in SETS.items() for scenario in scenarios.split(",")]
 TEN = [f"class{i}" for i in range(10)]
 
 
@@ -51,16 +49,16 @@ def data(tmp_path_factory):
     trees.small(root / "cifar100", classes=100, count=1)
     for place in ("cifar10/cifar-10-batches-py", "svhn", "stl10/stl10_binary"):
         (root / place).mkdir(parents=True)
-    parts = [{"data": numbers(10, 3072, seed=i), "labels": list(range(10))} for i in range(6)]
+    parts = [{"data": trees.numbers(10, 3072, seed=i), "labels": list(range(10))} for i in range(6)]
     cifar = {f"data_batch_{i}": parts[i] for i in range(1, 6)} | {"test_batch": parts[0]}
     for name, content in (cifar | {"batches.meta": {"label_names": TEN}}).items():
         (root / "cifar10" / "cifar-10-batches-py" / name).write_bytes(pickle.dumps(content))
     (root / "stl10" / "stl10_binary" / "class_names.txt").write_text("\n".join(TEN))
     for split, count in (("train", 40), ("test", 20), ("unlabeled", 40)):
         labels = np.arange(count, dtype=np.uint8)[:, None] % 10 + 1  # 1 to 10; SVHN's 10 is the digit 0
-        svhn = {"X": numbers(32, 32, 3, count), "y": labels}
+        svhn = {"X": trees.numbers(32, 32, 3, count), "y": labels}
         scipy.io.savemat(root / "svhn" / f"{split}_32x32.mat", svhn)
-        numbers(count, 3, 96, 96).tofile(root / "stl10" / "stl10_binary" / f"{split}_X.bin")
+        trees.numbers(count, 3, 96, 96).tofile(root / "stl10" / "stl10_binary" / f"{split}_X.bin")
         labels.tofile(root / "stl10" / "stl10_binary" / f"{split}_y.bin")
     return root
 
@@ -102,43 +100,34 @@ def test_from_files_to_results(data, name, scenario, tmp_path, monkeypatch, caps
 
 def test_contents(data):
     """Images, labels, classes and domains are those of the files."""
-
-    def holds(image, pixels):
-        return torch.equal(image, torch.from_numpy(pixels.copy()))
-
     assert {dataset for dataset, *_ in SETS.values()} == set(DATASETS)
     train, _, test = load(data, "cifar10")
     assert train.labels.tolist() == 5 * list(range(10)) and train.classes == test.classes == TEN
-    assert holds(train.images[13], numbers(10, 3072, seed=2)[3].reshape(3, 32, 32))
+    assert np.array_equal(train.images[13], trees.numbers(10, 3072, seed=2)[3].reshape(3, 32, 32))
     train, _, test = load(data, "cifar100")
     assert train.labels.tolist() == test.labels.tolist() == list(range(100))
-    assert holds(test.images[7].permute(1, 2, 0), numbers(8, 8, 3, seed=107))
+    assert np.array_equal(test.images[7].permute(1, 2, 0), trees.numbers(8, 8, 3, seed=107))
     train, _, test = load(data, "svhn")
     assert train.labels.tolist() == 4 * [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
-    assert holds(test.images[7].permute(1, 2, 0), numbers(32, 32, 3, 20)[..., 7])
+    assert np.array_equal(test.images[7].permute(1, 2, 0), trees.numbers(32, 32, 3, 20)[..., 7])
     train, probe, test = load(data, "stl10")
     assert (train.labels == -1).all() and train.images.shape == (40, 3, 96, 96) and probe.classes == TEN
     assert probe.labels.tolist() == 4 * list(range(10)) and test.labels.tolist() == 2 * list(range(10))
-    assert holds(test.images[7].permute(0, 2, 1), numbers(20, 3, 96, 96)[7])  # its files are column by column
-
+    assert np.array_equal(test.images[7].mT, trees.numbers(20, 3, 96, 96)[7])  # files are by column
     train, probe, test = load(data, "imagenet100")
     assert probe is train and train.classes == sorted(trees.IMAGENET100.split())
     assert [train.images.path(i).parent.name for i in range(200)] == [train.classes[i] for i in train.labels]
     assert test.labels.tolist() == list(range(100)) and len(load(data, "unlabelled")[0].labels) == 16
-    train, _, test = load(data, "domainnet")
-    assert (len(train.labels), len(test.labels)) == (6 * 12, 6 * 8)
-    for images in (train, test):
-        for i, (label, domain) in enumerate(zip(images.labels, images.domains)):
-            place = (DOMAINS[domain], images.classes[label])
-            assert images.images.path(i).parts[-3:-1] == place and place[1] == f"class{label}"
-    train, _, test = load(data, "folder", "--domain_order z x")
-    assert train.domain_names == ("z", "x") and train.classes == ["ant", "bee"] and len(train.labels) == 16
-    assert all(train.images.path(i).parts[-3] == "zx"[train.domains[i]] for i in range(16))
+    for name, order, count in (("domainnet", DOMAINS, 120), ("folder", ("z", "x"), 32)):
+        train, _, test = load(data, name, f"--domain_order {' '.join(order)}")
+        assert len(train.labels) + len(test.labels) == count and train.domain_names == order
+        for images in (train, test):
+            for i, (label, domain) in enumerate(zip(images.labels, images.domains)):
+                assert images.images.path(i).parts[-3:-1] == (order[domain], images.classes[label])
 
 
 def test_labels_from_elsewhere(data, tmp_path, capsys):
-    """--probe_data_dir evaluates a network that was trained without labels, in the run and in main_linear.py,
-    which keeps to the run's tasks; here train/<task>/<image>, one task a domain."""
+    """--probe_data_dir, in the run and in main_linear.py; images without labels in a folder for each task."""
     shutil.copytree(data / "plain" / "train", tmp_path / "plain" / "train")
     call = flags(tmp_path, "plain", "--scenario domain --domain_order bee ant --out_dir")
     train, probe, test = load(tmp_path, "plain", "--scenario domain")

@@ -44,8 +44,7 @@ def odd_files():
 
 
 def fill(root, *levels, count, suffix=".JPEG"):
-    """`count` images, odd_files in turn, in each folder below root; returns root. levels: the names of the
-    folders of each level. The files are links of a few, to be made quickly: see `spoil`."""
+    """`count` images, links of odd_files, in each folder below root. levels: the folders' names on each."""
     (root / ".pool").mkdir(parents=True, exist_ok=True)
     pool = [root / ".pool" / str(number) for number in range(11)]
     for path, content in zip(pool, odd_files(), strict=True):
@@ -66,7 +65,7 @@ def small(root, classes, count):
 
 
 def spoil(path, content=b"no image"):
-    """Puts other bytes into the place of one file; returns what was there."""
+    """Puts other bytes into the place of a file, which may be a link; returns what was there."""
     whole = path.read_bytes()
     path.unlink()
     path.write_bytes(content)
@@ -74,7 +73,7 @@ def spoil(path, content=b"no image"):
 
 
 def no_pictures(patch):
-    """Pictures of the results take longer than tiny runs: they are left empty."""
+    """Pictures of the results, which take longer than tiny runs, are left empty."""
     for name in ("plot_matrix", "plot_spectrum"):
         patch.setattr(f"utils.plots.{name}", lambda *_: SimpleNamespace(savefig=Path.touch))
     patch.setattr("torch.utils.tensorboard.SummaryWriter.add_figure", lambda *_: None)

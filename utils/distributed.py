@@ -2,9 +2,7 @@
 
 import errno
 import gc
-import multiprocessing
 import os
-import signal
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from utils import UserError
+from utils.stop import end_workers
 
 TIMEOUT = timedelta(hours=12)  # rank 0 may decode a data set before the others
 AGAIN = "what was saved is safe: the same command again goes on"
@@ -138,15 +137,15 @@ def report_errors(function, program):
             print(f"{program}: error: {message}", file=sys.stderr)
         return 1 if message is None else 2
     finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's takes the end of a worker for an error
-        for worker in multiprocessing.active_children():  # for which the interpreter would wait
-            worker.kill()
+        end_workers()
 
 
 def explain(error):
     """One line for an error; None where only a traceback can say what it is."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{error}; free some space and run the same command again"
+    if isinstance(error, (ConnectionError, EOFError)):  # while a batch was handed over
+        return KNOWN_ERRORS["DataLoader worker"]
     if isinstance(error, (UserError, OSError)):
         return str(error)
     told = (advice for words, advice in KNOWN_ERRORS.items() if words in str(error))

@@ -1,11 +1,19 @@
 """SIGTERM, SIGUSR1 and Ctrl-C: one line and status 128 + the signal, and no step lost."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+def end_workers():
+    """Of processes that decode images, for which the interpreter would wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's takes the end of a worker for an error
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 class Stop:
@@ -21,6 +29,7 @@ class Stop:
         again, self.signal = self.signal is not None, signal.Signals(number)
         if not self.deferring or again:
             self.tell()
+            end_workers()
             os._exit(128 + number)  # what it interrupts, such as a callback, might swallow SystemExit
 
     @contextlib.contextmanager
