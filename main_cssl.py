@@ -187,8 +187,8 @@ def resolve(args, process, train, test, tasks):
         advice = "pass --probe_data_dir DIR with both, or --online_probe off"
         raise UserError(f"--online_probe: {args.data_dir} has no labels in train/ and test/: {advice}")
     if args.batch_size < 2 or args.batch_size % process.world:
-        needs = f"at least 2 images, and is that of all {process.world} processes, which has to divide it"
-        raise UserError(f"--batch_size {args.batch_size}: a batch needs {needs}")
+        needs = f"at least 2 images, and the {process.world} process(es) have to divide it"
+        raise UserError(f"--batch_size {args.batch_size}: a batch of all processes needs {needs}")
     smallest = min(map(len, tasks.train))
     if smallest < args.batch_size:
         raise UserError(f"--batch_size {args.batch_size}: the smallest task has {smallest} images: lower it")

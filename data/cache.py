@@ -53,7 +53,7 @@ def open_cache(files, name, folder, side=None, skip_corrupt=False):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path.with_suffix(".lock"), "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                table = read_index(path, fingerprint)  # another process may have made it meanwhile
+                table = read_index(path, fingerprint, True)  # another process may have made it meanwhile
                 if table is None:
                     table = write(path, files, side, fingerprint, skip_corrupt)
     except OSError as error:
@@ -62,8 +62,8 @@ def open_cache(files, name, folder, side=None, skip_corrupt=False):
     return Cache(path, table)
 
 
-def read_index(path, fingerprint):
-    """The table of the cache at path; None where there is none, or one of other files, or a damaged one."""
+def read_index(path, fingerprint, warn=False):
+    """The table of the cache at path; None where there is none, or one of other files or of another size."""
     index = path.with_suffix(".npz")
     try:
         with np.load(index, allow_pickle=False) as saved:
@@ -76,7 +76,8 @@ def read_index(path, fingerprint):
         return None
     except (ValueError, KeyError, EOFError, OSError, RuntimeError, zipfile.BadZipFile):
         pass
-    print(f"warning: cache {path} is damaged and is made again", file=sys.stderr)
+    if warn:
+        print(f"warning: cache {path} is damaged and is made again", file=sys.stderr)
     return None
 
 

@@ -5,8 +5,8 @@ examples:
     python -m data.check --dataset folder --data_dir DIR --scenario domain --batch_size 64
 
 It reports how many images each class, domain and split has, which files cannot be read, and which are of
-another size where all have to be of one. The exit status is 0 only if main_cssl.py with the same flags would
-train.
+another size where all have to be of one. The exit status is 0 only if main_cssl.py would train with these
+flags.
 """
 
 import sys
@@ -95,7 +95,7 @@ def main(args):
         print("training would not run:", *advice, sep="\n  - ")
         return 2
     if test is None or (train.probe or train).labels.max() < 0:
-        print("no labels to evaluate with: pass --probe_data_dir, or --eval none")
+        print("no labels to evaluate with: there will be no evaluation unless --probe_data_dir names some")
     print("training would run")
     return 0
 

@@ -86,7 +86,7 @@ def decode(path):
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = "not an image that Pillow knows"
-        raise UserError(f"cannot decode {path} ({reason}): replace it, or pass --skip_corrupt") from error
+        raise UserError(f"cannot decode {path} ({reason})") from error
 
 
 def to_rgb(image):
@@ -127,7 +127,7 @@ def decode_all(files, title, convert=lambda image: image):
 def warn_or_raise(why, skip_corrupt):
     """For a file that cannot be read."""
     if not skip_corrupt:
-        raise UserError(why)
+        raise UserError(f"{why}: replace it, or pass --skip_corrupt")
     print(f"warning: skipped: {why}", file=sys.stderr)
 
 

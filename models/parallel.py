@@ -33,9 +33,8 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x):
-    """[N / world, D] on each rank -> [N, D] on every rank, in rank order; differentiable. None and one
-    process pass through."""
-    return x if x is None or world_size() == 1 else _Gather.apply(x)
+    """[N / world, D] on each rank -> [N, D] on every rank, in rank order; differentiable."""
+    return x if world_size() == 1 else _Gather.apply(x)
 
 
 class _AllReduce(torch.autograd.Function):

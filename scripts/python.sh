@@ -1,11 +1,16 @@
 # Sourced by the run scripts: ROOT is the repository; `need` sets PYTHON, `install` makes .venv, `fail` ends with one line.
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# glibc keeps freed memory: on a CPU, to fetch a batch anew from the system takes longer than to fill it (docs/SPEED.md)
+export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4611686018427387904} MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0}
 fail() { echo "$(basename "$0"): error: $1" >&2; exit 2; }
 
 # need PACKAGE [PACKAGE ...]: PYTHON, if it is given; or `python`, as of an active environment, or else that of .venv, where it
 # has the packages
 need() {
-  [ -z "${PYTHON:-}" ] || return 0
+  if [ -n "${PYTHON:-}" ]; then
+    command -v "$PYTHON" > /dev/null || fail "PYTHON=$PYTHON is no program"
+    return
+  fi
   for PYTHON in python "$ROOT/.venv/bin/python"; do
     "$PYTHON" -c "import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))" "$@" 2> /dev/null && return 0
   done

@@ -45,7 +45,8 @@ class Parser(argparse.ArgumentParser):
         high = 1 if name.endswith(AT_MOST_ONE) else 2**62 if isinstance(value, int) else 1e6
         above = low == 0 and name.endswith(ABOVE_ZERO)
         if not low <= value <= high or (above and value == 0):
-            self.error(f"--{name} {value}: choose a number {'above' if above else 'from'} {low} to {high:g}")
+            limit = f" to {high:g}" if high < 2**62 else ""
+            self.error(f"--{name} {value}: choose a number {'above' if above else 'from'} {low}{limit}")
 
     def nearest(self, flag, cutoff=0.6):
         known = re.findall(r"--\w+", self.format_usage())

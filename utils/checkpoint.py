@@ -157,7 +157,9 @@ def load_method(method, path, what, tasks, online=None):
         advice = "train the first task with --online_probe, too, or pass --online_probe off"
         raise UserError(f"--online_probe: {path} holds no classifier that could go on: {advice}")
     if network.get("task", 0) != 0 or network.get("tasks", tasks)[:1] != tasks[:1]:
-        raise UserError(f"{path} is not a network of this run's first task: it was trained on other data")
+        raise UserError(
+            f"{path} is no network of this run's first task: it is of other data, classes, or a later one"
+        )
     fresh, left_out = fit(state, method.state_dict()) if network["config"] is None else (set(), set())
     left_out |= network["left_out"] | ({"classifier"} if classifier and online is None else set())
     load_strictly(method, state, path, what)

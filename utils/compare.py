@@ -20,6 +20,7 @@ def compare(folders):
 
 if __name__ == "__main__":
     try:
-        print(compare(sys.argv[1:]))
+        print(compare(sys.argv[1:] or ["."]))
     except (OSError, ValueError) as error:
-        sys.exit(f"compare: error: not a run folder with results: {error}")
+        print(f"compare: error: not a run folder with results: {error}", file=sys.stderr)
+        sys.exit(2)

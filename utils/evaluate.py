@@ -118,8 +118,8 @@ def accuracy_rows(args, process, extract, probe, tested, tasks):
     linear, augmented, count = args.eval == "linear", args.probe_views == "augmented", len(probe.classes)
     x, y = extract(probe, 0) if linear and augmented else extract(probe)
     known, labels = y >= 0, process.gather(tested[1])
-    if not process.any_rank(known.any()) or not (labels >= 0).any():
-        raise UserError("no image to evaluate with can be read: is the disk there?")
+    if not process.any_rank(known.any()) or not all((labels[part] >= 0).any() for part in tasks.test):
+        raise UserError("no image to evaluate a task with can be read: is the disk there?")
     parts = [known]
     if linear and args.scenario == "domain" and probe.domains is not None and len(tasks.test) > 1:
         shares = process.collect(len(known))

@@ -39,7 +39,8 @@ def write_json(path, content):
 def read_config(folder):
     """The arguments in a run folder's config.json; raises UserError where there is none to read."""
     try:
-        return dict(json.loads((Path(folder) / "config.json").read_text())["arguments"].items())
+        arguments = json.loads((Path(folder) / "config.json").read_text())["arguments"]
+        return {**arguments, "num_tasks": int(arguments["num_tasks"])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} is not a run folder: its config.json is missing or damaged") from error
 
@@ -57,8 +58,11 @@ def write_results(folder, blocks):
 def environment():
     """Versions and commit, so that a number can be traced."""
     versions = {module.__name__: module.__version__ for module in (numpy, torch, torchvision)}
-    git = f"git -C '{Path(__file__).parent}' describe --always --dirty 2> /dev/null"
-    commit = subprocess.getoutput(git).strip() or None
+    call = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(call, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git on this machine
+        commit = None
     versions["python"] = platform.python_version()
     return {"versions": versions, "git_commit": commit, "command": sys.argv}
 
@@ -122,6 +126,7 @@ class Run:
         for name in sorted((old.keys() | new.keys()) - free, key=lambda name: (name not in first, name)):
             if old.get(name, "?") != new.get(name, "?"):
                 words = f"a run with --{name} {old.get(name, 'unknown')}, not {new.get(name, 'unknown')}"
+                words += " (None: without --cache)" if name == "cache_size" else ""
                 advice = "use the old value to resume it, or another --out_dir for a new run"
                 raise UserError(f"{self.folder} holds {words}: {advice}")
         if any(old.get(name) != new[name] for name in PROTOCOL):
@@ -162,6 +167,7 @@ class Run:
         self.check_finite()
         self.report("epoch", self.meter.means())
         self.epoch, self.step = self.epoch + 1, 0
+        self.leaving = self.process.any_rank(self.leaving or self.stop.signal is not None)
         cheap = self.seconds_saving < 0.1 * (time.monotonic() - self.started)
         if cheap or self.leaving or self.epoch == self.epochs or self.save_is_due():
             self.save()

@@ -35,10 +35,12 @@ class Stop:
     @contextlib.contextmanager
     def deferred(self):
         self.deferring = True
-        yield
-        self.deferring = False
-        if self.signal is not None:
-            self.leave()
+        try:
+            yield
+        finally:
+            self.deferring = False
+            if self.signal is not None:
+                self.leave()
 
     def leave(self):
         """After saving."""
