@@ -37,10 +37,15 @@ class Stop:
         self.deferring = True
         try:
             yield
+        except Exception:
+            if self.signal is None:
+                raise
         finally:
             self.deferring = False
-            if self.signal is not None:
-                self.leave()
+        if (
+            self.signal is not None
+        ):  # which may have ended processes that the program needs, hence an exception
+            self.leave()
 
     def leave(self):
         """After saving."""
