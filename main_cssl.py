@@ -14,7 +14,7 @@ import sys
 
 from data import add_data_arguments
 from losses import METHODS, REGULARIZERS, find
-from models import add_network_arguments
+from models import add_network_arguments, resolve_network
 from utils.arguments import Parser, interval
 from utils.stop import Stop
 
@@ -87,7 +87,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.augment import ViewConfig
 from data.datasets import load_dataset
-from data.loader import LABELLED, Loader, evaluation_batches, generator
+from data.loader import LABELLED, Loader, generator
 from data.scenarios import plan
 from models.learner import DTYPES, Learner
 from models.online import OnlineProbe
@@ -109,7 +109,7 @@ def main(args, stop):
     run = Run(args, tasks, train.digest, process, stop)
     print_settings(args, process, train, tasks, learner, run)
     if args.eval != "none" and not run.matrices and not run.random_rows:
-        extract = features_of(args, process, learner)
+        extract = evaluate.features_of(args, process, learner.method.backbone)
         run.random_rows = evaluate.accuracy_rows(args, process, extract, probe, extract(test), tasks)
     if initial is not None:
         learner.load_state_dict(initial)
@@ -131,7 +131,7 @@ def main(args, stop):
             run.save_network(learner)
             evaluate_task(args, process, run, learner, probe, test, tasks)
         run.end_task()
-    print_results(args, process, run, train, probe)
+    print_results(args, process, run, [train, probe, test])
     return int(bool(run.collapsed))
 
 
@@ -172,13 +172,11 @@ def resolve(args, process, train, test, tasks):
     open_flags = {name: getattr(method, name) for name in names} | {
         "lr_schedule": "step" if short else method.lr_schedule,
         "warmup_epochs": min(10, args.epochs / 3) if short else 10,
-        "image_size": train.side,
-        "precision": "bf16" if process.device.type == "cuda" else "fp32",
         "num_tasks": len(tasks.names),
     }
     for name, value in open_flags.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    args.stem = ("cifar" if args.image_size <= 64 else "imagenet") if args.stem == "auto" else args.stem
+    resolve_network(args, train.side, process.device)
     what = f"{args.dataset}-{args.scenario}{args.num_tasks}-{args.method}-{args.regularizer}-seed{args.seed}"
     args.out_dir = args.out_dir or f"runs/{what}"
     args.cache_size = None if args.cache is None else args.cache_size
@@ -223,7 +221,7 @@ def build_learner(args, process, probe=None):
 def load_initial(args, process, learner, tasks):
     """The state that a new run starts from, read from --init_from; None where it starts from random weights
     or is resumed."""
-    if not args.init_from or checkpoint.exists(args.out_dir):
+    if not args.init_from or checkpoint.states(args.out_dir):
         return None
     initial = copy.deepcopy(learner)
     names = f"--method {args.method} --backbone {args.backbone} --width {args.width} --stem {args.stem}"
@@ -248,16 +246,6 @@ def wrap(learner, process, compiled):
         return DistributedDataParallel(learner, device_ids=ids, **options)
 
 
-def features_of(args, process, learner):
-    """A function that extracts the features of an ImageSet, and its labels: see utils/evaluate.py."""
-
-    def extract(*what):
-        batches = evaluation_batches(args, process, *what)
-        return evaluate.extract_features(learner.method.backbone, batches, DTYPES[args.precision])
-
-    return extract
-
-
 def evaluate_task(args, process, run, learner, probe, test, tasks):
     """Adds the rows of the task to the matrices of the run, and publishes these and the collapse monitors of
     the test features."""
@@ -265,7 +253,7 @@ def evaluate_task(args, process, run, learner, probe, test, tasks):
         if run.epochs and run.last_std < COLLAPSED_STD:
             tell_collapse(run)
         return
-    extract = features_of(args, process, learner)
+    extract = evaluate.features_of(args, process, learner.method.backbone)
     tested = extract(test)
     rows = evaluate.accuracy_rows(args, process, extract, probe, tested, tasks) if args.eval != "none" else {}
     features, labels = map(process.gather, tested)
@@ -308,15 +296,16 @@ def print_settings(args, process, train, tasks, learner, run):
     print(f"run folder: {run.folder}{resumed}", flush=True)
 
 
-def print_results(args, process, run, train, probe):
-    skipped = set().union(*process.collect({*train.skipped, *(probe.skipped if probe else ())}))
+def print_results(args, process, run, image_sets):
+    found = {id(images): process.collect(set(images.skipped)) for images in image_sets if images is not None}
+    skipped = sum(len(set().union(*ranks)) for ranks in found.values())
     if not process.main:
         return
     for block in evaluate.blocks(args, run).values():
         print(f"\naccuracy (%), {block['protocol']}\n{evaluate.format_matrix(block['matrix'])}")
         print(evaluate.format_summary(block))
     if skipped:
-        print(f"{len(skipped)} training images could not be read and were skipped: see python -m data.check")
+        print(f"{skipped} images could not be read and were skipped: see python -m data.check")
     if run.collapsed:
         print(f"warning: {COLLAPSED.format('task ' + ', '.join(map(str, run.collapsed)))}", file=sys.stderr)
     state = "has ended in a collapse" if run.collapsed else "is complete"

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from data import add_data_arguments
-from models import add_network_arguments
+from models import add_network_arguments, resolve_network
 from utils.arguments import Parser
 from utils.stop import Stop
 
@@ -61,9 +61,7 @@ from itertools import takewhile
 import torch
 
 from data.datasets import load_dataset
-from data.loader import evaluation_batches
 from data.scenarios import plan
-from models.learner import DTYPES
 from models.resnet import build_backbone
 from utils import UserError, checkpoint, distributed, evaluate
 from utils.run import read_config, write_results
@@ -92,19 +90,14 @@ def main(args, argv=None):
     if test is None:
         advice = "pass --probe_data_dir DIR with both"
         raise UserError(f"{args.data_dir} has no labelled images in train/ and test/: {advice}")
-    args.image_size = args.image_size or train.side
-    args.precision = args.precision or ("bf16" if process.device.type == "cuda" else "fp32")
-    args.stem = ("cifar" if args.image_size <= 64 else "imagenet") if args.stem == "auto" else args.stem
+    resolve_network(args, train.side, process.device)
     for images in (probe, test):
         images.to(process.device)
     probe = keep_labels(probe, args.label_fraction, args.seed)
     torch.manual_seed(args.seed)
     backbone = build_backbone(args.backbone, args.width, args.stem)
     backbone.to(process.device, memory_format=torch.channels_last)
-
-    def extract(*what):
-        batches = evaluation_batches(args, process, *what)
-        return evaluate.extract_features(backbone, batches, DTYPES[args.precision])
+    extract = evaluate.features_of(args, process, backbone)
 
     def rows():
         return evaluate.accuracy_rows(args, process, extract, probe, extract(test), tasks)

@@ -3,7 +3,7 @@
 # .venv, which is made).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/python.sh"
-need torch torchvision tqdm tensorboard sklearn matplotlib pytest ruff || install requirements.txt tests/requirements.txt
+need torch torchvision tqdm tensorboard sklearn matplotlib pytest xdist ruff || install requirements.txt tests/requirements.txt
 cd "$ROOT"
 "$PYTHON" -m ruff check .
-"$PYTHON" -m pytest -q "$@"
+"$PYTHON" -m pytest -q -n 2 --dist loadfile "$@"

@@ -89,8 +89,9 @@ def write(path, files, side, fingerprint, skip_corrupt):
         with open(partial, "wb") as file:
             pixels = decode_all(files, "decoding", lambda x: shrink(x, side).permute(1, 2, 0).numpy())
             for i, image in enumerate(pixels):
-                if isinstance(image, UserError):
-                    warn_or_raise(str(image), skip_corrupt)
+                if isinstance(image, UserError):  # with skip_corrupt whoever uses the images will say it
+                    if not skip_corrupt:
+                        warn_or_raise(str(image), False)
                     continue
                 table[i] = offset, *image.shape[:2]
                 offset += file.write(np.ascontiguousarray(image).data)

@@ -158,7 +158,8 @@ def list_images(root, folders=None, strict=True):
 
     root, names = Path(root), []
     if not root.is_dir():
-        raise UserError(f"no folder {root}: expected one folder of images per class in it; check --data_dir")
+        advice = "check --data_dir, or --probe_data_dir"
+        raise UserError(f"no folder {root}: expected one folder of images per class in it; {advice}")
     for place in [root] if folders is None else [root / folder for folder in folders]:
         for folder, inner, files in os.walk(place, followlinks=True, onerror=stop):
             inner[:] = sorted(name for name in inner if not name.startswith("."))

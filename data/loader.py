@@ -163,9 +163,8 @@ class Crops(Dataset):
                 else:
                     u = [torch.rand(4, augment.CROP_TRIES, generator=generator(*key, v, i)) for i in chunk]
                     boxes = augment.boxes(torch.stack(u, dim=1), height, width, view.min_scale)
-                for n, (image, box) in enumerate(
-                    zip(images, torch.stack(boxes, dim=1).int().tolist()), start
-                ):
+                found = zip(images, torch.stack(boxes, dim=1).int().tolist())
+                for n, (image, box) in enumerate(found, start):
                     if image is not None:
                         crops[n, v] = crop(image, box, self.side)
         good = [n for n, i in enumerate(indices.tolist()) if i not in unreadable]

@@ -21,3 +21,11 @@ def add_network_arguments(parser):
     text = "autocast type (default: bf16 on CUDA, fp32 on CPU); losses are always fp32"
     add("--precision", choices=("fp32", "bf16", "fp16"), help=text)
     return add
+
+
+def resolve_network(args, side, device):
+    """Settles what these flags leave open. side: of the images, in pixels; device: that training has."""
+    args.image_size = args.image_size or side
+    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    if args.stem == "auto":
+        args.stem = "cifar" if args.image_size <= 64 else "imagenet"

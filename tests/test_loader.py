@@ -139,7 +139,7 @@ def test_an_image_corrupt_in_the_middle_of_an_epoch(root, capsys):
     step = counters(root / "run")["step"]
     assert step > 0 and run(call(root, "--skip_corrupt --epochs 2 --eval none", "skipping")) == 0
     output = capsys.readouterr()
-    assert "1 training images could not be read" in output.out and output.err.count(BEE) == 1
+    assert "1 images could not be read" in output.out and output.err.count(BEE) == 1
     trees.spoil(root / BEE, whole)
     assert run(call(root, flags)) == 0 and f"step {step}" in capsys.readouterr().out
 

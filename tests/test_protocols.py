@@ -45,13 +45,13 @@ def test_each_epoch_anew(tmp_path, monkeypatch):
     """In a run and in main_linear.py, which gives the same numbers under a name of its own."""
     trees.no_pictures(monkeypatch)
     monkeypatch.setattr(evaluate, "PROBE_EPOCHS", 3)
-    passes, batches = [], main_cssl.evaluation_batches
+    passes, batches = [], evaluate.evaluation_batches
 
     def counted(args, process, images, epoch=None):
         passes.append((len(images.labels), epoch))
         return batches(args, process, images, epoch)
 
-    monkeypatch.setattr(main_cssl, "evaluation_batches", counted)
+    monkeypatch.setattr(evaluate, "evaluation_batches", counted)
     assert run(f"{FLAGS} augmented --out_dir {tmp_path / 'a'}") == 0
     assert run(f"{FLAGS} cached --out_dir {tmp_path / 'c'}") == 0
     assert passes[:12] == 3 * [(359, None), (1438, 0), (1438, 1), (1438, 2)]  # a random network, two tasks
@@ -80,7 +80,7 @@ def test_domains(tmp_path, monkeypatch, views):
     args, (_, probe, test, tasks) = settled(flags)
     learner = main_cssl.build_learner(args, CPU)
     learner.method.backbone.load_state_dict(torch.load(tmp_path / "task1.pt")["backbone"])
-    extract = main_cssl.features_of(args, CPU, learner)
+    extract = evaluate.features_of(args, CPU, learner.method.backbone)
     epochs = [extract(probe, *([epoch] * (views == "augmented")))[0] for epoch in range(3)]
     tested, labels = extract(test)
     for domain in (0, 1):

@@ -76,7 +76,7 @@ def train(method, regularizer, task, online, process):
 def evaluation(process):
     """Features, labels and both protocols' rows for all digits, from shares of which some are empty."""
     args, (_, probe, test, tasks) = settled("--batch_size 36", process=process)
-    extract = main_cssl.features_of(args, process, main_cssl.build_learner(args, process))
+    extract = evaluate.features_of(args, process, main_cssl.build_learner(args, process).method.backbone)
     found = [process.gather(x) for x in (*extract(probe), *extract(probe, 1), *extract(test))]
     for args.eval, args.probe_views in (("knn", "cached"), ("linear", "cached"), ("linear", "augmented")):
         found.append(evaluate.accuracy_rows(args, process, extract, probe, extract(test), tasks)[""])
@@ -266,5 +266,5 @@ def test_unreadable_images(tmp_path):
     )
     flags += f" --batch_size 8 --out_dir {tmp_path / 'run'}"
     start_ranks(rank_run, 2, free_port(), flags, "main_cssl", tmp_path / "log")
-    assert "2 training images could not be read" in (tmp_path / "log").read_text()
+    assert "2 images could not be read" in (tmp_path / "log").read_text()
     assert len(json.loads((tmp_path / "run" / "results.json").read_text())["matrix"]) == 1

@@ -8,7 +8,8 @@ import re
 SECONDS = {"s": 1, "m": 60, "h": 3600}
 FROM_ZERO = ("seed", "workers")  # integers; all others are from 1
 AT_MOST_ONE = ("_p", "_scale", "_ema", "_fraction", "_momentum")  # endings of names
-ABOVE_ZERO = ("lr", "_tau", "tau_distill", "_loss", "_epsilon", "_fraction")  # 0 would switch all off
+# 0 would switch all off
+ABOVE_ZERO = ("lr", "_tau", "tau_distill", "_loss", "_epsilon", "_fraction", "_scale")
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,6 +55,10 @@ class Parser(argparse.ArgumentParser):
         return found[0] if found and flag.startswith("--") else None
 
     def refuse(self, *words):
+        for action in self._actions:
+            for flags in (f"--{choice}_" for choice in action.choices or ()):
+                if words[0].startswith(flags) and flags not in self.format_usage():
+                    self.error(f"{words[0]} belongs to {action.option_strings[0]} {flags[2:-1]}")
         near = self.nearest(words[0])
         self.error(f"unrecognized arguments: {' '.join(words)}" + (f"; did you mean {near}?" if near else ""))
 

@@ -83,14 +83,14 @@ def load(path):
         raise UserError(f"cannot read checkpoint {path}: {reason}") from error
 
 
-def exists(folder):
+def states(folder):
     """The states of a run folder to resume from, the newest first."""
     return [Path(folder) / name for name in (LAST, PREVIOUS) if (Path(folder) / name).exists()]
 
 
 def load_last(folder, warn=True):
     """The newest state of a run folder that can be read, or None in a new one; warn: of those that cannot."""
-    for path in exists(folder):
+    for path in states(folder):
         try:
             state = load(path)
             if isinstance(state, dict) and "counters" in state:
@@ -100,7 +100,7 @@ def load_last(folder, warn=True):
             reason = error
         if warn:
             print(f"warning: {reason}; going back to the one before it", file=sys.stderr)
-    if exists(folder):
+    if states(folder):
         raise UserError(f"no readable checkpoint in {folder}: remove {LAST} and {PREVIOUS} to start anew")
     return None
 

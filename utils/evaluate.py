@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data.loader import evaluation_batches
+from models.learner import DTYPES
 from utils import UserError
 from utils.distributed import Process
 
@@ -36,6 +38,16 @@ def extract_features(backbone, batches, autocast_dtype=None):
     unchanged = all(torch.equal(before[k], v) for k, v in backbone.state_dict().items())
     assert unchanged, "evaluation changed the backbone"
     return torch.cat(features), torch.cat(labels)
+
+
+def features_of(args, process, backbone):
+    """A function of an ImageSet, and perhaps an epoch of augmented views: this rank's share of its features
+    and labels."""
+
+    def extract(*what):
+        return extract_features(backbone, evaluation_batches(args, process, *what), DTYPES[args.precision])
+
+    return extract
 
 
 class SoftmaxRegression:

@@ -47,13 +47,13 @@ class LARS(torch.optim.SGD):
         torch._foreach_add_(grads, torch._foreach_mul(params, list(decay.unbind())))
 
 
-def warmup_cosine(t, base_lr, total, warmup=10, start_lr=0.003, min_lr=0.0):
+def warmup_cosine(t, base_lr, total, warmup=10, start_lr=0.003):
     """The learning rate at t, counted in epochs or in steps as `total` and `warmup` are: linear from start_lr
-    (t = 0) to base_lr (t = warmup - 1), then cosine to min_lr at `total`."""
+    (t = 0) to base_lr (t = warmup - 1), then cosine to 0 at `total`."""
     start_lr = min(start_lr, base_lr)
     if t < warmup:
         return start_lr + t * (base_lr - start_lr) / max(warmup - 1, 1)
-    return min_lr + (base_lr - min_lr) * (1 + math.cos(math.pi * (t - warmup) / (total - warmup))) / 2
+    return base_lr * (1 + math.cos(math.pi * (t - warmup) / (total - warmup))) / 2
 
 
 OPTIMIZERS = {"lars": LARS, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}

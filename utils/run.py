@@ -23,10 +23,8 @@ from utils.log import Log, Meter, Progress
 # arguments that may differ when a run is resumed: they change where and how fast it runs, not what it does
 FREE = set("out_dir data_dir download cache device compile save_every log_every workers skip_corrupt".split())
 PROTOCOL = set("eval probe_lr probe_momentum probe_views probe_data_dir".split())  # until a task has ended
-COUNTERS = {
-    **{"task": 0, "epoch": 0, "step": 0, "global_step": 0, "finished": 0, "matrices": {}, "random_rows": {}},
-    **{"start_std": 0.0, "last_std": 0.0, "warned": -1, "collapsed": []},
-}
+COUNTERS = dict.fromkeys("task epoch step global_step finished start_std last_std".split(), 0)
+COUNTERS |= {"warned": -1, "matrices": {}, "random_rows": {}, "collapsed": []}
 
 
 def write_json(path, content):
@@ -114,7 +112,7 @@ class Run:
         except OSError as error:
             advice = "wait for it, or choose another --out_dir"
             raise UserError(f"another process is writing {self.folder}: {advice}") from error
-        if not checkpoint.exists(self.folder) and any(self.folder.glob("task*.pt")):
+        if not checkpoint.states(self.folder) and any(self.folder.glob("task*.pt")):
             advice = "choose another --out_dir, or empty it"
             raise UserError(f"{self.folder} holds networks of a run but no {checkpoint.LAST}: {advice}")
 

@@ -42,9 +42,7 @@ class Stop:
                 raise
         finally:
             self.deferring = False
-        if (
-            self.signal is not None
-        ):  # which may have ended processes that the program needs, hence an exception
+        if self.signal is not None:  # an exception may come of processes that the signal has ended, too
             self.leave()
 
     def leave(self):
