@@ -132,6 +132,7 @@ class Progress:
         options = {"desc": f"task {task} (of {args.num_tasks})", "unit": "step", "delay": 0}
         self.bar = bar(total=self.total, initial=done, disable=not (shown and self.total), **options)
         self.read, self.read_done, self.waited = time.monotonic(), done, 0.0
+        self.speed = {"images_per_second": 0.0, "data_wait_share": 0.0}
 
     @property
     def share(self):
@@ -152,10 +153,11 @@ class Progress:
 
     def say(self, epoch, loss, lr):
         """Loss and rate beside the bar; returns the speed since it was called before, by name."""
-        seconds, images = time.monotonic() - self.read, (self.done - self.read_done) * self.batch_size
-        speed = {"images_per_second": images / seconds, "data_wait_share": self.waited / seconds}
-        words = f"epoch {epoch + 1}, loss {loss:.4f}, lr {lr:.4f}, {images / seconds:.0f} images/s"
-        words += f", {100 * self.waited / seconds:.0f} % waiting for data"
-        self.bar.set_postfix_str(words, refresh=False)
-        self.read, self.read_done, self.waited = time.monotonic(), self.done, 0.0
-        return speed
+        if self.done > self.read_done:
+            seconds, images = time.monotonic() - self.read, (self.done - self.read_done) * self.batch_size
+            self.speed = {"images_per_second": images / seconds, "data_wait_share": self.waited / seconds}
+            self.read, self.read_done, self.waited = time.monotonic(), self.done, 0.0
+        rate, waiting = self.speed.values()
+        words = f"epoch {epoch + 1}, loss {loss:.4f}, lr {lr:.4f}, {rate:.0f} images/s"
+        self.bar.set_postfix_str(f"{words}, {100 * waiting:.0f} % waiting for data", refresh=False)
+        return dict(self.speed)
