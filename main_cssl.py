@@ -34,7 +34,10 @@ def parse_arguments(argv=None):
     add = add_network_arguments(parser)
     add("--method", choices=METHODS, default="moco", help="self-supervised loss")
     add("--regularizer", choices=REGULARIZERS, default="pnr", help="what keeps the old tasks")
-    text = "a task0.pt, or a released checkpoint, to start from instead of training task 0"
+    text = (
+        "a task0.pt, or a released checkpoint, to start from instead of training task 0; or weights without "
+    )
+    text += "a projector, such as torchvision's, to train task 0 from"
     add("--init_from", metavar="CKPT", help=text)
 
     add = parser.add_argument_group("training").add_argument
@@ -50,6 +53,10 @@ def parse_arguments(argv=None):
     add("--compile", action="store_true", help="torch.compile: slower to start, pays on long runs")
 
     add = parser.add_argument_group("evaluation and output").add_argument
+    text = "train each task alone, from random weights, as plasticity is measured against; with finetune"
+    add("--single_tasks", action="store_true", help=text)
+    text = "a finished run with --single_tasks, of the same settings: adds plasticity to the results"
+    add("--reference", metavar="DIR", help=text)
     text = "after every task; knn is quick, linear is the papers'"
     add("--eval", choices=("linear", "knn", "none"), default="linear", help=text)
     text = "what the linear probe learns from: features made once; or, as in the papers' offline evaluation, "
@@ -92,7 +99,7 @@ from data.scenarios import plan
 from models.learner import DTYPES, Learner
 from models.online import OnlineProbe
 from models.resnet import build_backbone
-from utils import UserError, checkpoint, distributed, evaluate
+from utils import UserError, checkpoint, distributed, evaluate, metrics
 from utils.collapse import COLLAPSED_STD, collapse_metrics, collapsed
 from utils.optim import build_optimizer, set_lr
 from utils.run import Run
@@ -112,15 +119,19 @@ def main(args, stop):
         extract = evaluate.features_of(args, process, learner.method.backbone)
         run.random_rows = evaluate.accuracy_rows(args, process, extract, probe, extract(test), tasks)
     if initial is not None:
-        learner.load_state_dict(initial)
+        state, run.first_task_given = initial
+        learner.load_state_dict(state)
+    untrained = copy.deepcopy(learner.state_dict()) if args.single_tasks else None
 
     for task in range(run.task, args.num_tasks):
         loader, labelled = build_loaders(args, process, train, probe, tasks, task)
+        if args.single_tasks:
+            learner.load_state_dict(untrained)
         torch.manual_seed(generator(args.seed, task).initial_seed())
         learner.begin_task(task, process.device, loader)
         optimizer = build_optimizer(args, learner)
         scaler = GradScaler(process.device.type, enabled=args.precision == "fp16")
-        epochs = 0 if task == 0 and args.init_from else args.epochs
+        epochs = 0 if task == 0 and run.first_task_given else args.epochs
         run.begin_task(task, epochs, loader, learner=learner, optimizer=optimizer, scaler=scaler)
         model = wrap(learner, process, args.compile)
         for epoch in range(run.epoch, epochs):
@@ -177,13 +188,25 @@ def resolve(args, process, train, test, tasks):
     for name, value in open_flags.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     resolve_network(args, train.side, process.device)
-    what = f"{args.dataset}-{args.scenario}{args.num_tasks}-{args.method}-{args.regularizer}-seed{args.seed}"
+    args.normalize = [list(train.mean), list(train.std)]
+    if args.single_tasks and (args.regularizer != "finetune" or args.init_from):
+        raise UserError(
+            "--single_tasks: each task starts anew: with --regularizer finetune, and no --init_from"
+        )
+    what = f"{args.dataset}-{args.scenario}{args.num_tasks}-{args.method}-"
+    what += f"{'single' if args.single_tasks else args.regularizer}-seed{args.seed}"
     args.out_dir = args.out_dir or f"runs/{what}"
     args.cache_size = None if args.cache is None else args.cache_size
     args.eval = "none" if test is None else args.eval
     if args.online_probe != "off" and test is None:
-        advice = "pass --probe_data_dir DIR with both, or --online_probe off"
+        advice = "pass --probe_data_dir DIR with both, --val_split, or --online_probe off"
         raise UserError(f"--online_probe: {args.data_dir} has no labels in train/ and test/: {advice}")
+    if args.reference:  # told before hours of training
+        names = [""] * (args.eval != "none") + [f"online_linear_{args.online_probe}"] * (
+            args.online_probe != "off"
+        )
+        for name in names:
+            metrics.reference_row(args.reference, name, evaluate.protocol_name(args, name))
     if args.batch_size < 2 or args.batch_size % process.world:
         needs = f"at least 2 images, and the {process.world} process(es) have to divide it"
         raise UserError(f"--batch_size {args.batch_size}: a batch of all processes needs {needs}")
@@ -219,16 +242,18 @@ def build_learner(args, process, probe=None):
 
 
 def load_initial(args, process, learner, tasks):
-    """The state that a new run starts from, read from --init_from; None where it starts from random weights
-    or is resumed."""
+    """The state that a new run starts from, read from --init_from, and whether its first task is done; None
+    where it starts from random weights or is resumed."""
     if not args.init_from or checkpoint.states(args.out_dir):
         return None
     initial = copy.deepcopy(learner)
     names = f"--method {args.method} --backbone {args.backbone} --width {args.width} --stem {args.stem}"
-    note = checkpoint.load_method(initial.method, args.init_from, names, tasks.names, initial.online)
+    note, first_task_given = checkpoint.load_method(
+        initial.method, args.init_from, names, tasks.names, initial.online
+    )
     if process.main:
         print(note, flush=True)
-    return initial.state_dict()
+    return initial.state_dict(), first_task_given
 
 
 def wrap(learner, process, compiled):
@@ -290,7 +315,9 @@ def print_settings(args, process, train, tasks, learner, run):
     print(f"{args.image_size} px, {args.epochs} epochs a task, {args.warmup_epochs:.3g} of them warm-up")
     print(f"global batch {args.batch_size}, {rate}, weight decay {args.weight_decay:g}, seed {args.seed}")
     if tasks.test is None:
-        print(f"no evaluation: {args.data_dir} has no labels in train/ and test/; see --probe_data_dir")
+        print(
+            f"no evaluation: {args.data_dir} lacks labels in train/, test/: see --probe_data_dir, --val_split"
+        )
     if args.online_probe != "off":
         print(evaluate.protocol_name(args, "online"))
     print(f"run folder: {run.folder}{resumed}", flush=True)
@@ -302,8 +329,8 @@ def print_results(args, process, run, image_sets):
     if not process.main:
         return
     for block in evaluate.blocks(args, run).values():
-        print(f"\naccuracy (%), {block['protocol']}\n{evaluate.format_matrix(block['matrix'])}")
-        print(evaluate.format_summary(block))
+        print(f"\naccuracy (%), {block['protocol']}\n{metrics.format_matrix(block['matrix'])}")
+        print(metrics.format_summary(block))
     if skipped:
         print(f"{skipped} images could not be read and were skipped: see python -m data.check")
     if run.collapsed:

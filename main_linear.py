@@ -1,28 +1,38 @@
-"""Offline evaluation of frozen networks: a linear probe or k-NN on their features, one classifier over all
-classes.
+"""Offline evaluation of frozen networks: a linear probe, k-NN or clustering on their features.
 
 examples:
-    python main_linear.py --run runs/cifar100-class5-moco-pnr-seed5 --protocol knn
-    python main_linear.py --run runs/cifar100-class5-moco-pnr-seed5 --label_fraction 0.01
-    python main_linear.py --checkpoint released.ckpt --backbone resnet18 --dataset cifar100 --data_dir DIR
+    python main_linear.py --run runs/cifar100-class5-moco-pnr-seed5 --protocol knn --task_masked
+    python main_linear.py --run runs/cifar100-class5-moco-pnr-seed5 --probe_lr sweep --label_fraction 0.01
+    python main_linear.py --run runs/cifar100-class5-moco-pnr-seed5 --transfer cifar10 svhn=DIR DIR
+    python main_linear.py --checkpoint released.ckpt --dataset cifar100 --data_dir DIR --out results.json
     torchrun --nproc_per_node 4 -- main_linear.py --run DIR     (without -- torchrun takes --run for its own)
 
 --run evaluates the network after every task, with the run's own data set and settings unless flags say
-otherwise, and adds the numbers to its results.json under the protocol's name. --checkpoint prints the numbers
-of one network.
+otherwise, and adds the numbers to its results.json under a name that says how they were made. --checkpoint
+does so for one network, whose architecture is read off the file.
 """
 
+import argparse
+import copy
 import sys
+from itertools import takewhile
 from pathlib import Path
 
-from data import add_data_arguments
+from data import DATASETS, add_data_arguments
+from losses import find
 from models import add_network_arguments, resolve_network
 from utils.arguments import Parser
 from utils.stop import Stop
 
-OF_DATA = "data_dir cache cache_size probe_data_dir domain_order scenario num_tasks".split()
-OF_THE_RUN = "dataset num_tasks seed backbone width stem image_size domain_order cache_size".split()
-NOT_OF_THE_RUN = "eval device workers out_dir".split()
+OF_DATA = (
+    "data_dir cache cache_size probe_data_dir domain_order scenario num_tasks normalize val_split".split()
+)
+OF_THE_RUN = "dataset num_tasks seed backbone width stem domain_order cache_size val_split".split()
+NOT_OF_THE_RUN = "eval device workers out_dir reference download skip_corrupt".split()
+
+
+def rate(text):
+    return text if text == "sweep" else float(text)
 
 
 def parse_arguments(argv=None, config=None):
@@ -31,105 +41,239 @@ def parse_arguments(argv=None, config=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--run", metavar="DIR", help="a run folder of main_cssl.py")
-    text = "a taskN.pt, or a checkpoint of PNR, CaSSLe, solo-learn, MoCo or torchvision"
+    text = "a taskN.pt, or a checkpoint of PNR, CaSSLe, solo-learn, MoCo, Barlow Twins, VICReg, torchvision, "
+    text += "timm or lightly"
     add("--checkpoint", metavar="FILE", help=text)
-    text = "knn is quick, linear is what papers report"
-    add("--protocol", dest="eval", choices=("linear", "knn"), default="linear", help=text)
-    text = "share of each class's labels that the classifier sees, such as 0.01"
+    add("--out", metavar="FILE", help="JSON for the results (default: results.json of --run)")
+    text = "linear is what papers report, knn is quick, clustering needs no labels to learn from"
+    add("--protocol", dest="eval", choices=("linear", "knn", "clustering"), default="linear", help=text)
+    text = (
+        "other data sets to probe the networks on: names, NAME=DIR, or folders with train/<class>/ and test/"
+    )
+    add("--transfer", nargs="+", metavar="DATA", help=text)
+    text = "also: accuracy among the task's own classes, and how often the task is found (consolidation)"
+    add("--task_masked", action="store_true", help=text)
+    text = "share of each class's labels that the classifier sees, such as 0.01; the same for every network"
     add("--label_fraction", type=float, default=1.0, help=text)
-    add("--probe_lr", type=float, default=1.0, help="of the linear probe; lower it if that diverges")
+    text = "of the linear probe; sweep: of 8 the best on a tenth of the training data that is held out"
+    add("--probe_lr", type=rate, default=1.0, help=text)
     text = "what it learns from: plain images, or random crops and flips, anew in each epoch, as in papers"
     add("--probe_views", choices=("cached", "augmented"), default="cached", help=text)
     add("--probe_momentum", type=float, default=0.0, help="of the linear probe")
+    text = "mean and deviation that images are normalised with: those that the network was trained with; the "
+    text += "data set's own; or two or six numbers"
+    add("--normalize", nargs="+", default=["run"], metavar="run|dataset|M S", help=text)
+    text = "a run of single tasks (main_cssl.py --single_tasks) that was evaluated likewise, for plasticity"
+    add("--reference", metavar="DIR", help=text)
     add_data_arguments(parser), add_network_arguments(parser)
-    parser.set_defaults(**{"dataset": None, "num_tasks": 1, **(config or {})})
+    known = {name: value for name, value in (config or {}).items() if name != "normalize"}
+    parser.set_defaults(**{"dataset": None, "num_tasks": 1, **known})
     args = parser.parse_args(argv)
     if (args.run is None) == (args.checkpoint is None):
         parser.error("pass either --run DIR or --checkpoint FILE")
     for name in OF_THE_RUN if args.run and config else ():
         if getattr(args, name) not in (None, config.get(name)):
-            words = f"{getattr(args, name)} is not that of {args.run}, {config.get(name)}"
-            parser.error(f"--{name} {words}: leave it out")
+            words = f"{getattr(args, name)} is not that of {args.run}, {config.get(name)}: leave it out"
+            advice = ", or use --transfer, or --checkpoint with one of its networks" * (name == "dataset")
+            parser.error(f"--{name} {words}{advice}")
+    if args.normalize not in (["run"], ["dataset"]):
+        try:
+            numbers = [float(x) for x in args.normalize]
+            assert len(numbers) in (2, 6) and min(numbers[len(numbers) // 2 :]) > 0
+            args.normalize = [numbers[:3], numbers[3:]] if len(numbers) == 6 else [[x] * 3 for x in numbers]
+        except (ValueError, AssertionError):
+            parser.error("--normalize: choose run, dataset, or two or six numbers, deviations above 0")
     return args
 
 
 if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
     stop, args = Stop("main_linear.py"), parse_arguments()
 
-from itertools import takewhile
-
 import torch
 
 from data.datasets import load_dataset
 from data.scenarios import plan
 from models.resnet import build_backbone
-from utils import UserError, checkpoint, distributed, evaluate
-from utils.run import read_config, write_results
+from utils import UserError, checkpoint, distributed, evaluate, metrics
+from utils.run import read_config, write_json, write_results
 
 
 def main(args, argv=None):
-    """argv: the command line that args are of, to be read again with the defaults that the run gives."""
+    """argv: the command line that args are of, to be read again with the defaults that the networks give."""
     process = distributed.start(args.device)
-    networks = [Path(args.checkpoint or "")]
+    networks, config = find_networks(args, process)
+    args = parse_arguments(argv, {k: v for k, v in config.items() if k not in NOT_OF_THE_RUN})
+    if args.run and args.probe_data_dir != config.get("probe_data_dir"):
+        # on other images than the run's the columns of a matrix would not be its tasks
+        args.transfer, args.probe_data_dir = [*(args.transfer or ()), args.probe_data_dir], None
+    if args.dataset is None and not args.transfer:
+        raise UserError(f"{networks[0]} does not say what it was trained on: pass --dataset")
+    for name in args.transfer or [None]:
+        chosen = args if name is None else transfer_arguments(args, name)
+        evaluate_networks(chosen, process, networks, config, name)
+
+
+def find_networks(args, process):
+    """The paths of the networks that --run or --checkpoint names, and what is known of how they were made."""
     if args.run:
         config = read_config(args.run)
         paths = [Path(args.run) / f"task{task}.pt" for task in range(config["num_tasks"])]
-        networks = list(takewhile(Path.exists, paths))
-    else:
-        config = checkpoint.read_network(args.checkpoint)["config"] or {}
-        if args.dataset not in (None, config.get("dataset")):  # what it was trained on says nothing of others
-            config = {name: value for name, value in config.items() if name not in OF_DATA}
-    if not networks:
-        raise UserError(f"{args.run} holds no task0.pt yet: its first task has not ended")
-    args = parse_arguments(argv, {k: v for k, v in config.items() if k not in NOT_OF_THE_RUN})
-    if args.dataset is None:
-        raise UserError(f"{networks[0]} does not say what it was trained on: pass --dataset and --backbone")
+        found = list(takewhile(Path.exists, paths))
+        if not found:
+            raise UserError(f"{args.run} holds no task0.pt yet: its first task has not ended")
+        if process.main and len(found) < len(paths):
+            missing = ", ".join(path.name for path in paths if path not in found)
+            print(f"{args.run} is not complete, and evaluated without {missing}", flush=True)
+        return found, config
+    network = checkpoint.read_network(args.checkpoint)
+    config = network["config"] or checkpoint.architecture(network["backbone"], args.checkpoint)
+    if process.main and network["left_out"]:
+        print(f"{args.checkpoint}: left out: {', '.join(sorted(network['left_out']))}", flush=True)
+    if args.dataset not in (None, config.get("dataset")):  # what it was trained on says nothing of others
+        config = {name: value for name, value in config.items() if name not in OF_DATA}
+    return [Path(args.checkpoint)], config
 
+
+def transfer_arguments(args, name):
+    """Those for another data set: NAME, NAME=DIR, or DIR."""
+    other, (dataset, _, folder) = copy.copy(args), name.partition("=")
+    if dataset in DATASETS:
+        other.dataset, other.data_dir = dataset, folder or args.data_dir
+    elif Path(name).is_dir():
+        other.dataset, other.data_dir = "folder", name
+    else:
+        known = ", ".join(DATASETS)
+        raise UserError(f"--transfer {name}: neither a folder nor NAME or NAME=DIR with NAME one of {known}")
+    other.scenario, other.num_tasks, other.domain_order, other.probe_data_dir = "class", 1, None, None
+    return other
+
+
+def evaluate_networks(args, process, networks, config, transfer):
+    """Evaluates the networks on one data set, prints the numbers and writes them. transfer: its name where it
+    is not the networks' own, on which a network has one accuracy, and none per task."""
     train, probe, test = process.rank0_first(lambda: load_dataset(args))
     tasks = plan(train, test, args.scenario, args.num_tasks, args.seed)
     if test is None:
-        advice = "pass --probe_data_dir DIR with both"
+        advice = "pass --probe_data_dir DIR with both, or --val_split 0.2 for a folder without test/"
         raise UserError(f"{args.data_dir} has no labelled images in train/ and test/: {advice}")
+    if args.task_masked and not isinstance(tasks.names[0], list):
+        raise UserError("--task_masked: needs --scenario class and several tasks, with classes of their own")
+    args.image_size = args.image_size or config.get("image_size")
     resolve_network(args, train.side, process.device)
+    source = normalize(args, config, probe, test)
     for images in (probe, test):
         images.to(process.device)
-    probe = keep_labels(probe, args.label_fraction, args.seed)
+    probe = keep_labels(probe, args, process)
     torch.manual_seed(args.seed)
     backbone = build_backbone(args.backbone, args.width, args.stem)
     backbone.to(process.device, memory_format=torch.channels_last)
     extract = evaluate.features_of(args, process, backbone)
 
-    def rows():
-        return evaluate.accuracy_rows(args, process, extract, probe, extract(test), tasks)
+    def rows(network=None):
+        """Of what stands in the backbone."""
+        tested = extract(test)
+        if args.eval != "clustering":
+            ks = evaluate.KNN_K, 20
+            return evaluate.accuracy_rows(args, process, extract, probe, tested, tasks, ks, args.task_masked)
+        features, labels = map(process.gather, tested)
+        codes = None if network is None else codes_of(network, features)
+        scores = evaluate.clustering(features, labels, len(probe.classes), args.seed, codes)
+        return {name: [score] for name, score in scores.items()}
 
-    random_rows = rows() if args.run else {}
-    matrices, what = {}, f"--backbone {args.backbone} --width {args.width} --stem {args.stem}"
+    random_rows, found = rows() if args.run and transfer is None else {}, {}
     for path in networks:
-        checkpoint.load_strictly(backbone, checkpoint.read_network(path)["backbone"], path, what)
-        for part, row in rows().items():
-            matrices.setdefault(part, []).append(row)
-            if process.main:
-                print(evaluate.format_row(f"{path}{part and f' ({part})'}: accuracy (%)", row), flush=True)
-    name = args.eval + ("_augmented" if args.eval == "linear" and args.probe_views == "augmented" else "")
-    name += f"_{args.label_fraction:g}" if args.label_fraction < 1 else ""
-    share = f"; {100 * args.label_fraction:g} % of the labels" if args.label_fraction < 1 else ""
-    for part, matrix in matrices.items() if process.main else ():
-        words = evaluate.protocol_name(args, part) + share
-        block = evaluate.summary(matrix, args.num_tasks, words, random_rows.get(part))
-        print(words)
-        if args.run:
-            print(f"{evaluate.format_matrix(matrix)}\n{evaluate.format_summary(block)}")
-            write_results(args.run, {name + part.removeprefix("linear"): block})
+        network = checkpoint.read_network(path)
+        what = f"--backbone {args.backbone} --width {args.width} --stem {args.stem}"
+        checkpoint.load_strictly(backbone, network["backbone"], path, what)
+        for part, row in rows(network).items():
+            found.setdefault(part, []).append(row)
+            if process.main and part != "probe_lr":
+                print(metrics.format_row(f"{path}{part and f' ({part})'}:", row), flush=True)
+    if process.main:
+        publish(args, transfer, source, found, random_rows)
 
 
-def keep_labels(images, fraction, seed):
-    """The ImageSet with a random share of each class, at least one image, the same for every network."""
-    if fraction == 1:
+def publish(args, transfer, source, found, random_rows):
+    """Prints and writes what was found, rows by part and network: a matrix and what is read off it where
+    there is a row of tasks for each network of a run; else one number for each network."""
+    rates, level = found.pop("probe_lr", None), found.get("task_level")
+    for part, rows in found.items():
+        settings = {"dataset": transfer or args.dataset, "size": args.image_size, "normalize": source}
+        settings |= {"labels": args.label_fraction} | ({} if args.run else {"network": args.checkpoint})
+        if transfer and args.dataset == "folder":
+            settings["dataset"] = str(Path(args.data_dir).resolve())
+        if args.eval == "linear":
+            settings |= {"lr": args.probe_lr, "momentum": args.probe_momentum, "views": args.probe_views}
+        words = evaluate.protocol_name(args, part)
+        words += f"; {100 * args.label_fraction:g} % of the labels" if args.label_fraction < 1 else ""
+        name = " ".join(
+            [args.eval, *(f"{k}={_short(v)}" for k, v in settings.items()), *filter(None, [part])]
+        )
+        block = {"protocol": words, "settings": {"protocol": args.eval, **settings, "part": part}}
+        block |= {"probe_lr": [lr for (lr,) in rates]} if rates else {}
+        print(f"\n{name}\n{words}" + (f"; chosen: {block['probe_lr']}" if rates else ""))
+        if args.run and not transfer and args.eval != "clustering":
+            single = args.reference and metrics.reference_row(args.reference, name, words)
+            levels = level if part == "" else None
+            block |= metrics.summary(rows, args.num_tasks, words, random_rows.get(part), single, levels)
+            print(f"{metrics.format_matrix(rows)}\n{metrics.format_summary(block)}")
+        else:
+            block["rows"] = rows
+        if args.run or args.out:
+            write_results(args.out or Path(args.run) / "results.json", {name: block})
+
+
+def _short(value):
+    return f"{value:g}" if isinstance(value, float) else value
+
+
+def normalize(args, config, *image_sets):
+    """Sets the mean and deviation of the ImageSets, and args.normalize, to what --normalize asks for; returns
+    what that is, in a word."""
+    source = args.normalize[0] if args.normalize in (["run"], ["dataset"]) else "given"
+    if source == "run" and "normalize" in config:
+        args.normalize = config["normalize"]
+    elif source != "given":
+        source, args.normalize = "dataset", [list(x) for x in (image_sets[0].mean, image_sets[0].std)]
+    for images in image_sets:
+        images.mean, images.std = args.normalize
+    if source == "given":
+        source = ",".join(f"{x:g}" for values in args.normalize for x in values)
+    return source
+
+
+def keep_labels(images, args, process):
+    """The ImageSet with the share of each class that --label_fraction asks for, the same for every network,
+    and saved beside the results. Raises UserError where that is no image of a class."""
+    if args.label_fraction == 1:
         return images
     labels = images.labels.cpu()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    members = [order[labels[order] == label] for label in labels[labels >= 0].unique()]
-    return images.subset(torch.cat([m[: max(1, round(fraction * len(m)))] for m in members]))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed))
+    members = {int(label): order[labels[order] == label] for label in labels[labels >= 0].unique()}
+    kept = {label: m[: round(args.label_fraction * len(m))] for label, m in members.items()}
+    if empty := [images.classes[label] for label, m in kept.items() if not len(m)]:
+        few = min(len(m) for m in members.values())
+        advice = f"choose at least {1 / few:.2g}"
+        raise UserError(f"--label_fraction {args.label_fraction:g} leaves no image of {empty[0]}: {advice}")
+    indices = torch.cat(list(kept.values())).sort().values
+    if process.main and (args.run or args.out):
+        folder = Path(args.run or Path(args.out).parent)
+        name = f"labels_{Path(args.data_dir).name if args.dataset == 'folder' else args.dataset}"
+        write_json(folder / f"{name}_{args.label_fraction:g}.json", indices.tolist())
+    return images.subset(indices)
+
+
+def codes_of(network, features):
+    """FALCON's codes of features [N, F], int64 [N]; None for methods, and networks of others, without
+    codes."""
+    if network["config"] is None:
+        return None
+    config = argparse.Namespace(**network["config"])
+    method = find(config.method)(build_backbone(config.backbone, config.width, config.stem), config)
+    state = {f"backbone.{name}": value for name, value in network["backbone"].items()} | network["heads"]
+    method.to(features.device).load_state_dict(state)
+    codes = method.codes(features)
+    return codes and codes[0]
 
 
 if __name__ == "__main__":

@@ -21,6 +21,10 @@ def add_data_arguments(parser):
     add("--download", action="store_true", help="fetch the data set if it is missing")
     text = "train/<class>/ and test/<class>/ to evaluate with, for images without labels"
     add("--probe_data_dir", metavar="DIR", help=text)
+    text = (
+        "share of a folder's training images, of each class, to test on where there is no test/, such as 0.2"
+    )
+    add("--val_split", type=float, metavar="SHARE", help=text)
     text = "domains in the order of the tasks (default: the papers', or by name); fewer leave the others out"
     add("--domain_order", nargs="+", metavar="NAME", help=text)
     text = "processes that decode images of different sizes; raise it if training waits for data"

@@ -270,6 +270,11 @@ def find_dataset(args):
     if len(set(order)) < len(order):
         raise UserError(f"--domain_order {' '.join(order)} names a domain twice")
     train, test = (globals()[args.dataset](split, args) for split in ("train", "test"))
+    if args.val_split:
+        if test is not None or (train.labels < 0).any():
+            need = "for a folder with labels and without test/ or val/"
+            raise UserError(f"--val_split {args.val_split:g}: {need}; leave it out")
+        train, test = split_off(train, args.val_split, args.seed)
     if order and train.domains is None:
         raise UserError(f"--domain_order: {args.dataset} in {args.data_dir} has no domains")
     if args.download and train.streams and not train.one_size:
@@ -291,6 +296,23 @@ def find_dataset(args):
     for images in filter(None, (train.probe, test)):
         images.mean, images.std = train.mean, train.std  # what the network is trained with
     return train, probe, test
+
+
+def split_off(images, share, seed):
+    """Two ImageSets, the second with a random share of each class (of each domain). Raises UserError where it
+    would take no image of a class, or all of them."""
+    groups = images.labels if images.domains is None else images.labels + len(images.classes) * images.domains
+    order, taken = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)), []
+    for group in groups.unique():
+        members = order[groups[order] == group]
+        taken.append(members[: round(share * len(members))])
+        if not 0 < len(taken[-1]) < len(members):
+            name = images.classes[int(group) % len(images.classes)]
+            raise UserError(
+                f"--val_split {share:g} takes {len(taken[-1])} of the {len(members)} images of {name}"
+            )
+    mask = torch.zeros(len(groups), dtype=torch.bool).index_fill_(0, torch.cat(taken), True)
+    return tuple(images.subset(part.nonzero()[:, 0]) for part in (~mask, mask))
 
 
 def load_dataset(args):

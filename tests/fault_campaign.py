@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -116,7 +117,9 @@ def damage(how):
         os.kill(process.pid, signal.SIGTERM)
         yield
         content = bytearray((folder / "last.pt").read_bytes())
-        place = random.randrange(len(content) // 4, len(content) * 3 // 4)  # within the tensors
+        with zipfile.ZipFile(folder / "last.pt") as archive:  # within a tensor, not in what lies between them
+            tensor = max(map(archive.read, archive.namelist()), key=len)
+        place = content.index(tensor) + random.randrange(len(tensor))
         content[place] ^= 1 << random.randrange(8)
         ruins = {"truncated": content[:place], "empty": b"", "foreign": b"no checkpoint"}
         (folder / "last.pt").write_bytes(ruins.get(how, content))

@@ -14,7 +14,6 @@ import main_linear
 from losses import METHODS, REGULARIZERS
 from utils import UserError
 from utils.arguments import interval
-from utils.compare import compare
 
 FLAGS = """
 --dataset --data_dir --download --probe_data_dir --domain_order --workers --cache --cache_size
@@ -150,27 +149,6 @@ def test_pseudo_negatives_change_the_loss(folder, tmp_path):
     (ssl, align), (no_ssl, no_align) = first["both"], first["none"]
     assert no_ssl < ssl and no_align < align
     assert first["main"] == (ssl, no_align) and first["reg"] == (no_ssl, align)
-
-
-def test_main_linear(folder, tmp_path, capsys):
-    """The training run's protocol gives its numbers; another one stands under its own name beside them; what
-    is not the run's is refused."""
-    before = results(folder)
-    for protocol in ("knn", "linear --probe_lr 0.5", "knn --label_fraction 0.1"):
-        assert run(f"--run {folder} --protocol {protocol}", main_linear) == 0
-    after = results(folder)
-    assert after["knn"] == before == {k: after[k] for k in before}
-    assert "lr 0.5" in after["linear"]["protocol"] and "10 % of the labels" in after["knn_0.1"]["protocol"]
-    assert after["knn_0.1"]["matrix"] != after["knn"]["matrix"] != after["linear"]["matrix"]
-    lines = compare([folder, folder]).splitlines()
-    assert len(lines) == 8 and lines[0].startswith(f"{folder}: A_T {before['average_accuracy']:.2f}")
-    capsys.readouterr()
-    assert run(f"--checkpoint {folder / 'task1.pt'} --protocol knn", main_linear) == 0
-    assert " ".join(f"{a:.2f}" for a in before["matrix"][1]) in capsys.readouterr().out
-    fails(capsys, f"--run {folder} --protocol knn --num_tasks 10", "--num_tasks", script=main_linear)
-    shutil.copytree(folder, tmp_path / "gap")
-    (tmp_path / "gap" / "task0.pt").unlink()
-    fails(capsys, f"--run {tmp_path / 'gap'}", "task0.pt", script=main_linear)
 
 
 def test_settings_are_settled_once():

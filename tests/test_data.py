@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import scipy.io
+import torch
 import trees
 from conftest import TINY, arguments, crash, fails, outcome, run, same
 
@@ -138,10 +139,26 @@ def test_labels_from_elsewhere(data, tmp_path, capsys):
     for flag in ("--domain_order ant bee", "--cache_size 20"):
         fails(capsys, f"--run {tmp_path / 'run'} {flag}", flag.split()[0], script=main_linear)
     assert run(f"--run {tmp_path / 'run'} --protocol knn", main_linear) == 0
-    assert trees.results(tmp_path / "run")["knn"]["matrix"] == matrix
+    found = trees.results(tmp_path / "run")
+    assert [block["matrix"] for name, block in found.items() if name.endswith("labels=1")] == [matrix]
     other = f"--checkpoint {tmp_path / 'run' / 'task1.pt'} --dataset digits --protocol knn"  # has other tasks
     assert run(other, main_linear) == 0
     wrong = f"--probe_data_dir {data / 'unlabelled'}"
     fails(capsys, f"{call} {tmp_path / 'x'} {wrong}", wrong)
     assert run(f"{call} {tmp_path / 'without'}") == 0
     fails(capsys, f"--run {tmp_path / 'without'}", "--probe_data_dir", script=main_linear)
+
+
+def test_val_split(data, tmp_path, capsys):
+    """Without test/ a share of each class, the same each time, is for testing and not trained on."""
+    shutil.copytree(data / "plain" / "train", tmp_path / "train")
+    call = f"--dataset folder --data_dir {tmp_path} --val_split"
+    train, _, test = load_dataset(arguments(f"{call} 0.25"))
+    names = [set(images.images.names.tolist()) for images in (train, test)]
+    assert not names[0] & names[1] and len(names[0] | names[1]) == len(train.labels) + len(test.labels)
+    counts = [torch.bincount(images.labels) for images in (train, test)]
+    assert torch.equal(counts[1], ((counts[0] + counts[1]) * 0.25).round().long())
+    again = load_dataset(arguments(f"{call} 0.25"))[2].images.names
+    assert same(again.tolist(), test.images.names.tolist())
+    for share, where in (("0.01", tmp_path), ("0.2", data / "plain"), ("0.2", data / "unlabelled")):
+        fails(capsys, f"{TINY} --dataset folder --data_dir {where} --val_split {share}", "--val_split")

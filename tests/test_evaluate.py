@@ -1,25 +1,54 @@
 """Metrics on hand-computed matrices, the probe and k-NN against plain loops, and the collapse monitors."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import same
 
 from models.resnet import build_backbone
-from utils import evaluate
+from utils import evaluate, metrics
 from utils.collapse import collapse_metrics
 
 MATRIX = [[80.0, 20.0, 30.0], [70.0, 90.0, 40.0], [60.0, 85.0, 95.0]]
 
 
 def test_metrics_by_hand():
-    assert evaluate.average_accuracy(MATRIX) == 80
-    assert evaluate.forgetting(MATRIX) == ((80 - 60) + (90 - 85)) / 2
-    assert evaluate.forward_transfer(MATRIX, [10.0, 15.0, 20.0]) == ((20 - 15) + (40 - 20)) / 2
+    assert metrics.average_accuracy(MATRIX) == 80
+    assert metrics.average_incremental_accuracy(MATRIX) == (80 + (70 + 90) / 2 + 80) / 3
+    assert metrics.learning_accuracy(MATRIX) == pytest.approx((80 + 90 + 95) / 3)
+    assert metrics.forgetting(MATRIX) == ((80 - 60) + (90 - 85)) / 2
+    assert metrics.forward_transfer(MATRIX, [10.0, 15.0, 20.0]) == ((20 - 15) + (40 - 20)) / 2
+    assert metrics.knowledge_gain(MATRIX) == ((90 - 20) + (95 - 40)) / 2
     # after task 0: (20 - 50 + 30 - 60) / 2 = -30; after task 1: 40 - 60 = -20
-    assert evaluate.plasticity(MATRIX, [40.0, 50.0, 60.0]) == -25
+    assert metrics.plasticity(MATRIX, [40.0, 50.0, 60.0]) == -25
+    assert metrics.consolidation([[1.0, 2.0], [50.0, 70.0]]) == 60 and metrics.consolidation(None) is None
     # a task that gets better after it was learned was never forgotten, but counts as no less than nothing
-    assert evaluate.forgetting([[50.0, 0.0], [60.0, 70.0]]) == 0
+    assert metrics.forgetting([[50.0, 0.0], [60.0, 70.0]]) == 0
+
+
+def test_task_rows_by_hand():
+    """Classes 0 and 3 are task 0, 1 and 2 task 1."""
+    scores = torch.tensor(
+        [[0.35, 0.4, 0.05, 0.2], [0.1, 0.4, 0.3, 0.2], [0.3, 0.2, 0.1, 0.4], [0.0, 0.5, 0.3, 0.2]]
+    )
+    tasks = SimpleNamespace(names=[[0, 3], [1, 2]], test=[torch.tensor([0, 2]), torch.tensor([1, 3])])
+    masked, level = evaluate.task_rows(scores, torch.tensor([0, 1, 0, 2]), tasks)
+    assert masked == [50.0, 50.0] and level == [100.0, 100.0]
+    tasks.test = [torch.tensor([1, 2]), torch.tensor([0, 3])]
+    assert evaluate.task_rows(scores, torch.tensor([1, 0, 0, -1]), tasks)[1] == [50.0, 0.0]
+
+
+def test_clustering():
+    """Three blobs are found whatever their names are; codes that split them lose no purity, but matches."""
+    torch.manual_seed(0)
+    labels = torch.arange(300) % 3
+    x = torch.randn(300, 5) + 50 * F.one_hot((labels + 1) % 3, 5)
+    labels[:3] = -1  # unreadable
+    found = evaluate.clustering(x, labels, 3, 0, torch.arange(300) % 6)
+    assert (found["nmi"], found["ari"], found["accuracy"]) == (100, 100, 100)
+    assert found["codes_accuracy"] < 52 and 60 < found["codes_nmi"] < 100 > found["codes_ari"]
 
 
 def test_what_is_not_known_is_null():
@@ -27,7 +56,7 @@ def test_what_is_not_known_is_null():
     cases = [(MATRIX, None, (80, 12.5, None)), ([[80.0]], [10.0], (80, None, None))]
     cases += [(MATRIX[:2], [10.0, 15.0, 20.0], (80, 10, 5))]
     for matrix, random_row, expected in cases:
-        block = evaluate.summary(matrix, 3, "words", random_row)
+        block = metrics.summary(matrix, 3, "words", random_row)
         assert tuple(block[x] for x in ("average_accuracy", "forgetting", "forward_transfer")) == expected
         assert (block["plasticity"], block["matrix"], block["tasks"]) == (None, matrix, 3)
 
@@ -45,12 +74,13 @@ def test_knn_against_a_loop(k, monkeypatch):
     monkeypatch.setattr(evaluate, "KNN_CHUNK", 6)
     torch.manual_seed(0)
     train, labels, test = torch.randn(50, 8), torch.randint(0, 4, (50,)), torch.randn(20, 8)
-    found = evaluate.knn(train, labels, test, 4, k=k, temperature=0.5)
+    found, few = evaluate.knn(train, labels, test, 4, (k, 1), temperature=0.5)
+    assert torch.equal(few.argmax(1), labels[(F.normalize(test) @ F.normalize(train).T).argmax(1)])
     for x, prediction in zip(test, found, strict=True):
         cosine, votes = F.cosine_similarity(x[None], train).double(), torch.zeros(4).double()
         for i in cosine.argsort(descending=True)[:k]:
             votes[labels[i]] += (cosine[i] / 0.5).exp()
-        assert prediction == votes.argmax()
+        assert prediction.argmax() == votes.argmax()
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -66,7 +96,26 @@ def test_linear_probe_against_a_loop(momentum):
             error = (inputs[batch] @ w).softmax(dim=1) - F.one_hot(y[batch], 3)
             v = momentum * v + inputs[batch].T @ error / len(batch)
             w -= lr * v
-    assert torch.equal(found, (inputs @ w).argmax(1)) and (found == y).double().mean() > 0.9
+    torch.testing.assert_close(found, (inputs @ w).softmax(dim=1))
+    assert (found.argmax(dim=1) == y).double().mean() > 0.9
+
+
+def test_sweep_against_a_loop(monkeypatch):
+    """The rate that is best on a tenth of the training images, each rate trained on the others alone."""
+    monkeypatch.setattr(evaluate, "SWEEP", rates := (0.001, 0.03, 30.0, 3e38))  # the last diverges
+    monkeypatch.setattr(evaluate, "PROBE_EPOCHS", 20)
+    torch.manual_seed(0)
+    x, y = torch.randn(2000, 5), torch.randint(0, 3, (2000,))
+    x[:, 0] += 1.5 * y
+    held_out = torch.randperm(2000, generator=torch.Generator().manual_seed(1)) % 10 == 0
+    whole, correct = torch.ones(2000, dtype=torch.bool), {}
+    for lr in rates[:3]:
+        learnt = (lambda epoch: (x[~held_out], y[~held_out])), [whole[~held_out]]
+        (found,) = evaluate.linear_probe(*learnt, x[held_out], 3, lr, 0.0, 1, 10)
+        correct[lr] = int((found.argmax(dim=1) == y[held_out]).sum())
+    best = max(correct, key=correct.get)
+    assert sorted(correct.values())[1] < correct[best]
+    assert evaluate.choose_lr(lambda epoch: (x, y), whole, 3, 0.0, 1) == best
 
 
 def test_evaluation_leaves_the_backbone_alone():

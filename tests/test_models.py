@@ -1,10 +1,14 @@
 """Backbones, the queue, frozen copies, and the layouts of checkpoints."""
 
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import CPU, arguments, same, settled
+from conftest import CPU, TINY, arguments, fails, run, same, settled
 
 import main_cssl
 from losses import find
@@ -12,7 +16,7 @@ from models import BACKBONES
 from models.frozen import Teacher, ema_update
 from models.heads import Queue
 from models.resnet import build_backbone
-from utils import checkpoint
+from utils import UserError, checkpoint, export
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
@@ -127,7 +131,98 @@ def test_foreign_checkpoint(case, tmp_path):
         queue = {"queue.rows": more["queue"].transpose(1, 2), "queue.pointer": torch.tensor(7)}
     saved = {names[p] + k.removeprefix(p): v for p in names for k, v in state.items() if k.startswith(p)}
     torch.save({"state_dict": saved | more, "epoch": 3}, tmp_path / "foreign.pt")
-    assert checkpoint.load_method(method, tmp_path / "foreign.pt", "it", [[0, 1]]).endswith(note)
+    flags = "--backbone resnet10 --width 4 --stem cifar"
+    said, first_task_given = checkpoint.load_method(method, tmp_path / "foreign.pt", flags, [[0, 1]])
+    assert said.endswith(note) and first_task_given
     for key, value in method.state_dict().items():
         origin = key if len(names) == len(PARTS) else key.removeprefix("momentum_encoder.")
         assert torch.equal(value, queue[key] if key in queue else state[origin]), key
+
+
+def test_layouts_of_others(tmp_path):
+    """Children of a Sequential as lightly saves them, a whole training state as Barlow Twins' and VICReg's;
+    what the architecture is; and what is said of files of no known layout."""
+    network = build_backbone("resnet34", 4, "imagenet").state_dict()
+    number = {name: place for place, name in checkpoint.CHILDREN.items()}
+    lightly = {"projection_head.layers.0.weight": torch.ones(2)}
+    for key, value in network.items():
+        first, _, rest = key.partition(".")
+        lightly[f"backbone.{number[first]}.{rest}"] = value
+    barlow = {f"module.backbone.{key}": value for key, value in network.items()}
+    barlow = {
+        "epoch": 3,
+        "model": {**barlow, "module.projector.0.weight": torch.ones(3), "module.bn.bias": torch.ones(1)},
+    }
+    for content, left_out, heads in (
+        (lightly, {"projection_head"}, set()),
+        (barlow, {"bn"}, {"projector.0.weight"}),
+    ):
+        torch.save(content, tmp_path / "theirs.pt")
+        found = checkpoint.read_network(tmp_path / "theirs.pt")
+        assert (
+            same(found["backbone"], network)
+            and found["left_out"] == left_out
+            and set(found["heads"]) == heads
+        )
+        flags = {"backbone": "resnet34", "width": 4, "stem": "imagenet"}
+        assert checkpoint.architecture(found["backbone"], "it") == flags
+    torch.save({"blocks.0.weight": torch.ones(2)}, tmp_path / "vit.pt")
+    with pytest.raises(UserError, match=r"lightly.*blocks\.0\.weight"):
+        checkpoint.read_network(tmp_path / "vit.pt")
+    with pytest.raises(UserError, match="no backbone of resnet10"):
+        checkpoint.architecture({"conv1.weight": torch.ones(4, 3, 7, 7), "layer1.0.conv1.weight": 0}, "it")
+
+
+def test_weights_without_projector(tmp_path, capsys):
+    """Of torchvision, say: the first task is trained from them, the heads start anew; resumed, too."""
+    weights = build_backbone("resnet10", 4, "cifar").state_dict()
+    torch.save(weights, tmp_path / "imagenet.pt")
+    call = f"{TINY} --num_tasks 2 --epochs 1 --eval none --regularizer finetune --online_probe clean"
+    call += f" --init_from {tmp_path / 'imagenet.pt'} --out_dir {tmp_path / 'run'}"
+    fails(capsys, f"{call} --width 8", "--width 4")
+    assert run(f"{call} --lr 1e-9 --weight_decay 0") == 0
+    assert "started anew: classifier, momentum_encoder" in capsys.readouterr().out
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert {json.loads(line)["task"] for line in lines} == {0, 1}  # both are trained
+    trained = torch.load(tmp_path / "run" / "task0.pt")["backbone"]
+    torch.testing.assert_close(
+        trained["layer4.0.conv1.weight"], weights["layer4.0.conv1.weight"], rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_export(tmp_path, stem):
+    """What is written loads strictly into stock torchvision and timm by the card's lines, and gives the same
+    features."""
+    backbone, x = build_backbone("resnet18", 64, stem).eval(), torch.randn(2, 3, 32, 32)
+    config = dict(
+        backbone="resnet18", width=64, stem=stem, method="moco", regularizer="pnr", num_tasks=2, seed=5
+    )
+    config |= dict(dataset="digits", scenario="class", epochs=1, batch_size=32, lr=0.1, optimizer="lars")
+    config |= dict(normalize=[[0.5] * 3, [0.2] * 3], image_size=32)
+    network = {
+        "backbone": backbone.state_dict(),
+        "heads": {},
+        "config": config,
+        "task": 1,
+        "tasks": [[0], [1]],
+    }
+    torch.save(network, tmp_path / "task1.pt")
+    (tmp_path / "config.json").write_text(json.dumps({"arguments": config}))
+    block = {"matrix": [[50.0, 0.0], [40.0, 60.0]], "protocol": "words"}
+    (tmp_path / "results.json").write_text(json.dumps({**block, "knn": block}))
+    for suffix in (".pt", ".safetensors") if find_spec("safetensors") else (".pt",):
+        path = tmp_path / f"network{suffix}"
+        assert export.main(export.parse_arguments([str(tmp_path), "--out", str(path)])) is None
+        card = json.loads(Path(f"{path}.json").read_text())
+        assert card["accuracy"] == [{"protocol": "words", "row": [40.0, 60.0]}] * 2 and card["tasks"] == [
+            [0],
+            [1],
+        ]
+        for library, lines in card["load"].items():
+            if find_spec(library):
+                found = {}
+                exec("\n".join(lines).replace("network.", f"{tmp_path}/network."), found)
+                torch.testing.assert_close(found["model"].eval()(x), backbone(x), rtol=0, atol=1e-6)
+    with pytest.raises(UserError, match="onnx"):
+        export.main(export.parse_arguments([str(tmp_path), "--out", str(tmp_path / "network.onnx")]))

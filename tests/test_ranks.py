@@ -78,8 +78,11 @@ def evaluation(process):
     args, (_, probe, test, tasks) = settled("--batch_size 36", process=process)
     extract = evaluate.features_of(args, process, main_cssl.build_learner(args, process).method.backbone)
     found = [process.gather(x) for x in (*extract(probe), *extract(probe, 1), *extract(test))]
-    for args.eval, args.probe_views in (("knn", "cached"), ("linear", "cached"), ("linear", "augmented")):
-        found.append(evaluate.accuracy_rows(args, process, extract, probe, extract(test), tasks)[""])
+    cases = [("knn", "cached", 1.0), ("linear", "cached", "sweep"), ("linear", "augmented", 1.0)]
+    for args.eval, args.probe_views, args.probe_lr in cases:
+        found.append(
+            evaluate.accuracy_rows(args, process, extract, probe, extract(test), tasks, (200, 20), True)
+        )
     return found
 
 
@@ -252,7 +255,8 @@ def test_main_linear(tmp_path):
     start_ranks(rank_run, 2, free_port(), f"--run {tmp_path / 'two'} --protocol knn", "main_linear")
     assert run(f"--run {tmp_path / 'one'} --protocol knn", main_linear) == 0
     one, two = ((tmp_path / name / "results.json").read_text() for name in ("one", "two"))
-    assert one == two and len(json.loads(one)["knn"]["matrix"]) == 2
+    (block,) = (block for name, block in json.loads(one).items() if name.endswith("labels=1"))
+    assert one == two and len(block["matrix"]) == 2
 
 
 def test_unreadable_images(tmp_path):

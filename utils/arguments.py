@@ -7,9 +7,9 @@ import re
 
 SECONDS = {"s": 1, "m": 60, "h": 3600}
 FROM_ZERO = ("seed", "workers")  # integers; all others are from 1
-AT_MOST_ONE = ("_p", "_scale", "_ema", "_fraction", "_momentum")  # endings of names
+AT_MOST_ONE = ("_p", "_scale", "_ema", "_fraction", "_momentum", "_split")  # endings of names
 # 0 would switch all off
-ABOVE_ZERO = ("lr", "_tau", "tau_distill", "_loss", "_epsilon", "_fraction", "_scale")
+ABOVE_ZERO = ("lr", "_tau", "tau_distill", "_loss", "_epsilon", "_fraction", "_scale", "_split")
 
 
 class Parser(argparse.ArgumentParser):

@@ -2,12 +2,14 @@
 
 import argparse
 import os
+import re
 import sys
 import zipfile
 from pathlib import Path
 
 import torch
 
+from models import BACKBONES
 from utils import UserError
 
 # foreign names and ours, by a prefix that marks the layout; longer prefixes come before those that they
@@ -31,6 +33,9 @@ LAYOUTS = {
     "backbone.": {"backbone.": "backbone.", "momentum_backbone.": "momentum_encoder.backbone.", **HEADS},
     "": {"": "backbone."},
 }
+KNOWN = "PNR, CaSSLe, solo-learn, MoCo, Barlow Twins, VICReg, torchvision, timm, lightly"
+# of a torch.nn.Sequential of ResNet's children, as lightly has them
+CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 IS_FOLDER = 0x10  # in a zip file's attributes
 LAST, PREVIOUS = "last.pt", "last.prev.pt"
 
@@ -65,6 +70,10 @@ def load(path):
     """What `save`, or torch.save, wrote; tensors on the CPU. Raises UserError if it cannot be read, if a bit
     of it has changed, or if it holds objects."""
     try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 folders = (entry.filename for entry in archive.infolist() if entry.external_attr & IS_FOLDER)
@@ -76,10 +85,15 @@ def load(path):
     except Exception as error:  # what damage leads to is not known
         words = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
         reason = f"it is damaged or no checkpoint ({words})"
+        found = re.search(r"GLOBAL ([\w.]+)|class ([\w.]+)", str(error))
         if isinstance(error, FileNotFoundError):
             reason = "there is none"
         elif "global" in str(error).lower():
-            reason = "it holds Python objects besides tensors, which are not opened"
+            reason = (
+                f"it holds a Python object ({found and (found[1] or found[2])}), which is not opened: if you "
+            )
+            reason += "trust it, keep its tensors: c = torch.load(FILE, weights_only=False); "
+            reason += "torch.save(c['state_dict'], NEW)"
         raise UserError(f"cannot read checkpoint {path}: {reason}") from error
 
 
@@ -127,14 +141,31 @@ def read_network(path):
         if prefix is None or key.startswith((f"{prefix}fc.", "fc.")):
             left_out.add(key.split(".")[0])
         elif renames[prefix] == "backbone.":
-            backbone[key.removeprefix(prefix)] = value
+            first, dot, rest = key.removeprefix(prefix).partition(".")
+            backbone[CHILDREN.get(first, first) + dot + rest] = value
         else:
             heads[renames[prefix] + key.removeprefix(prefix)] = value
+    if "conv1.weight" not in backbone:
+        raise UserError(f"{path} has no known layout ({KNOWN}): it begins with {', '.join([*tensors][:3])}")
     return {"backbone": backbone, "heads": heads, "config": None, "left_out": left_out}
 
 
+def architecture(backbone, path):
+    """The flags {"backbone", "width", "stem"} of a backbone's state_dict. Raises UserError where no ResNet
+    has such stages."""
+    stages = [{key.split(".")[1] for key in backbone if key.startswith(f"layer{n}.")} for n in (1, 2, 3, 4)]
+    block = "Bottleneck" if "layer1.0.conv3.weight" in backbone else "BasicBlock"
+    layers = (block, tuple(map(len, stages)))
+    width, _, side, _ = backbone["conv1.weight"].shape
+    for name, known in BACKBONES.items():
+        if known == layers:
+            return {"backbone": name, "width": width, "stem": "cifar" if side == 3 else "imagenet"}
+    raise UserError(f"{path} holds {block}s {layers[1]}: no backbone of {', '.join(BACKBONES)}")
+
+
 def load_strictly(module, state, path, what):
-    """module.load_state_dict; raises UserError with the first misfit."""
+    """module.load_state_dict; raises UserError with the first misfit. what: the flags that built the
+    module."""
     try:
         module.load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -144,16 +175,22 @@ def load_strictly(module, state, path, what):
 
 def load_method(method, path, what, tasks, online=None):
     """Puts the network of a first task into a method: all of it from a task0.pt, from other layouts what the
-    method has a place for. tasks: the names of this run's tasks; raises UserError if a task0.pt is of others,
-    or is no task0.pt. Where a checkpoint has no momentum encoder, that starts as a copy of the student; a
-    predictor, or a queue of the same size, that it does not have stays random. online: the OnlineProbe, or
-    None; raises UserError if the checkpoint has no classifier for it. Returns a line that says what became of
-    what."""
+    method has a place for; heads of another form start anew. tasks: the names of this run's tasks; raises
+    UserError if a task0.pt is of others, or is no task0.pt. Where a checkpoint has no momentum encoder, that
+    starts as a copy of the student; a predictor, or a queue of the same size, that it does not have stays
+    random. online: the OnlineProbe, or None; raises UserError if the checkpoint has no classifier for it.
+    Returns a line that says what became of what, and whether the first task is done: it is not where the file
+    has no projector."""
     network = read_network(path)
     state = {f"backbone.{k}": v for k, v in network["backbone"].items()} | network["heads"]
     classifier = {k: state.pop(k) for k in list(state) if k.startswith("classifier.")}
     classifier = network["online"] if isinstance(network.get("online"), dict) else classifier
-    if online is not None and not classifier:
+    pretrained = not any(k.startswith("projector.") for k in state)  # weights, but no first task of this kind
+    if network["config"] is None and (flags := architecture(network["backbone"], path)):
+        flags = " ".join(f"--{name} {value}" for name, value in flags.items())
+        if flags not in what:
+            raise UserError(f"{path} is a checkpoint of another architecture than {what}: pass {flags}")
+    if online is not None and not classifier and not pretrained:
         advice = "train the first task with --online_probe, too, or pass --online_probe off"
         raise UserError(f"--online_probe: {path} holds no classifier that could go on: {advice}")
     if network.get("task", 0) != 0 or network.get("tasks", tasks)[:1] != tasks[:1]:
@@ -163,22 +200,31 @@ def load_method(method, path, what, tasks, online=None):
     fresh, left_out = fit(state, method.state_dict()) if network["config"] is None else (set(), set())
     left_out |= network["left_out"] | ({"classifier"} if classifier and online is None else set())
     load_strictly(method, state, path, what)
-    if online is not None:
+    if online is not None and classifier:
         load_strictly(online, classifier, path, what)
         state |= classifier
     taken = {key.split(".")[0] for key in state} - fresh
     if "momentum_encoder" in fresh:
         fresh = fresh - {"momentum_encoder"} | {"momentum_encoder (a copy of the student)"}
-    notes = ((f"first task from {path}", taken), ("started anew", fresh), ("left out", left_out))
-    return "; ".join(f"{words}: {', '.join(sorted(names))}" for words, names in notes if names)
+    fresh |= {"classifier"} if online is not None and not classifier else set()
+    first = f"{'first task to be trained' if pretrained else 'first task'} from {path}"
+    notes = ((first, taken), ("started anew", fresh), ("left out", left_out))
+    words = "; ".join(f"{words}: {', '.join(sorted(names))}" for words, names in notes if names)
+    return words, not pretrained
 
 
 def fit(state, own):
     """Makes another project's state one for a method whose own is given, in place: a queue of the same size
-    is turned ([2, D, K] there), what has no place is dropped, what is missing is filled in; but for backbone
-    and projector, which have to fit. Returns the names of what was filled in, and of what was dropped."""
+    is turned ([2, D, K] there), what has no place is dropped, what is missing is filled in; but for the
+    backbone, and a projector of the same layers, which have to fit. Returns the names of what was filled in,
+    and of what was dropped."""
     rows, pointer = state.pop("queue.rows", None), state.pop("queue.pointer", None)
     dropped, needed = set() if rows is None and pointer is None else {"queue"}, ("backbone.", "projector.")
+    if {k for k in state if k.startswith("projector.")} != {k for k in own if k.startswith("projector.")}:
+        needed = ("backbone.",)
+        for key in [key for key in state if "projector." in key]:
+            del state[key]
+            dropped.add(key.split(".")[0])
     if rows is not None and rows.dim() == 3 and pointer is not None and pointer.numel() == 1:
         rows = rows.transpose(1, 2).contiguous()
         if "queue.rows" in own and own["queue.rows"].shape == rows.shape:

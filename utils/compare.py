@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from utils.evaluate import format_summary
+from utils.metrics import format_summary
 
 
 def compare(folders):

@@ -3,22 +3,17 @@ off it."""
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from data.loader import evaluation_batches
 from models.learner import DTYPES
 from utils import UserError
 from utils.distributed import Process
+from utils.metrics import reference_row, summary
 
 ALONE = Process(torch.device("cpu"))
 PROBE_EPOCHS, PROBE_BATCH, PROBE_DROPS = 100, 256, (60, 80)
+SWEEP = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # rates of --probe_lr sweep
 KNN_K, KNN_TEMPERATURE, KNN_CHUNK = 200, 0.07, 512
-SCORES = {  # what results.json holds of a matrix, and what it is called in a line of text
-    "average_accuracy": "A_T",
-    "forgetting": "forgetting",
-    "forward_transfer": "forward transfer",
-    "plasticity": "plasticity",
-}
 
 
 @torch.no_grad()
@@ -51,20 +46,27 @@ def features_of(args, process, backbone):
 
 
 class SoftmaxRegression:
-    """A linear classifier that starts from zero, in float64: SGD with momentum and without weight decay, lr x
-    0.1 at 60 % and 80 % of the epochs. Each rank gives its own share of the features; a batch is drawn from
-    all shares, its gradient summed over ranks."""
+    """Linear classifiers that start from zero, one for each of R rates, on the same batches: SGD with
+    momentum and without weight decay, lr x 0.1 at 60 % and 80 % of the epochs. Each rank gives its own share
+    of the features; a batch is drawn from all shares, its gradient summed over ranks."""
 
-    def __init__(self, dim, num_classes, lr, momentum, seed, epochs, process, device):
+    def __init__(self, dim, num_classes, rates, momentum, seed, epochs, process, dtype=torch.float64):
         # at the papers' rates training amplifies rounding to a point of accuracy; in float64 the sums' order
         # does not show
-        self.linear = nn.Linear(dim, num_classes, device=device, dtype=torch.float64)
-        nn.init.zeros_(self.linear.weight), nn.init.zeros_(self.linear.bias)
-        self.optimizer = torch.optim.SGD(self.linear.parameters(), lr=lr, momentum=momentum, fused=True)
-        milestones = [epochs * drop // PROBE_EPOCHS for drop in PROBE_DROPS]
-        self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones, gamma=0.1)
-        self.rng, self.process = torch.Generator().manual_seed(seed), process
+        self.count, self.classes, device = len(rates), num_classes, process.device
+        self.weight = torch.zeros(len(rates) * num_classes, dim, device=device, dtype=dtype)
+        self.bias, self.momentum = torch.zeros_like(self.weight[:, 0]), momentum
+        self.velocities = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+        self.lr = torch.tensor(rates, device=device, dtype=dtype).repeat_interleave(num_classes)
+        self.drops = [epochs * drop // PROBE_EPOCHS for drop in PROBE_DROPS]
+        self.rng, self.process, self.epoch = torch.Generator().manual_seed(seed), process, 0
 
+    def logits(self, x):
+        """[n, R, C] of features [n, F]."""
+        x = x.to(self.weight.dtype)
+        return torch.addmm(self.bias, x, self.weight.T).view(-1, self.count, self.classes)
+
+    @torch.no_grad()
     def train_one_epoch(self, x, y):
         """x: features [n, F], y: labels int64 [n], of this rank."""
         counts = self.process.collect(len(x))
@@ -72,61 +74,88 @@ class SoftmaxRegression:
         order = torch.randperm(total, generator=self.rng) - first
         own = (order >= 0) & (order < len(x))
         sizes = [int(part.sum()) for part in own.split(PROBE_BATCH)]
+        lr = self.lr * 0.1 ** sum(self.epoch >= drop for drop in self.drops)
         for step, rows in enumerate(order[own].to(x.device).split(sizes)):
-            self.optimizer.zero_grad(set_to_none=True)
-            loss = F.cross_entropy(self.linear(x[rows].double()), y[rows], reduction="sum")
-            (loss / min(PROBE_BATCH, total - step * PROBE_BATCH)).backward()
-            self.process.sum(*(p.grad for p in self.linear.parameters()))
-            self.optimizer.step()
-        self.schedule.step()
-
-    @torch.no_grad()
-    def predict(self, x):
-        """int64 [M] of features [M, F]. Raises UserError if the training diverged."""
-        logits = self.linear(x.double())
-        if not logits.isfinite().all():
-            lr, momentum = (self.optimizer.defaults[name] for name in ("lr", "momentum"))
-            rates = f"--probe_lr {lr:g} with --probe_momentum {momentum:g}"
-            raise UserError(f"the linear probe diverged at {rates}: lower them")
-        return logits.argmax(dim=1)
+            batch, size = x[rows].to(self.weight.dtype), min(PROBE_BATCH, total - step * PROBE_BATCH)
+            # the gradient of cross-entropy with respect to the logits: softmax less one-hot
+            error = self.logits(batch).softmax(dim=2)
+            where = y[rows].view(-1, 1, 1).expand(-1, self.count, 1)
+            error = error.scatter_add_(2, where, -torch.ones_like(error[..., :1])).flatten(1).div_(size)
+            error = F.hardshrink(error, 1e-20)  # a CPU is slow with denormal numbers
+            gradients = error.T @ batch, error.sum(dim=0)
+            self.process.sum(*gradients)
+            for velocity, gradient in zip(self.velocities, gradients):
+                velocity.mul_(self.momentum).add_(gradient)
+            self.weight.addcmul_(lr.unsqueeze(1), self.velocities[0], value=-1)
+            self.bias.addcmul_(lr, self.velocities[1], value=-1)
+        self.epoch += 1
 
 
 def linear_probe(features, parts, test_x, num_classes, lr, momentum, seed, epochs, process=ALONE):
-    """Predictions int64 [M] for test_x by one SoftmaxRegression over all classes for each of the parts, in a
-    list. features: of an epoch (0, 1, ...), a function that returns float [N, F] and labels int64 [N]; parts:
-    bool [N], the rows that a classifier learns from. All are this rank's share, of which the predictions are,
-    too."""
-    settings = test_x.shape[1], num_classes, lr, momentum, seed, epochs, process, test_x.device
+    """Probabilities float64 [M, C] for test_x by one SoftmaxRegression over all classes for each of the
+    parts, in a list. features: of an epoch (0, 1, ...), a function that returns float [N, F] and labels int64
+    [N]; parts: bool [N], the rows that a classifier learns from. All are this rank's share, of which the
+    probabilities are, too. Raises UserError if the training diverges."""
+    settings = test_x.shape[1], num_classes, [lr], momentum, seed, epochs, process
     probes = [SoftmaxRegression(*settings) for _ in parts]
     rows = [slice(None) if part.all() else part for part in parts]
     for epoch in range(epochs):
         x, y = features(epoch)
         for probe, part in zip(probes, rows):
             probe.train_one_epoch(x[part], y[part])
-    return [probe.predict(test_x) for probe in probes]
+    logits = [probe.logits(test_x)[:, 0] for probe in probes]
+    if process.any_rank(not all(x.isfinite().all() for x in logits)):
+        rates = f"--probe_lr {lr:g} with --probe_momentum {momentum:g}"
+        raise UserError(f"the linear probe diverged at {rates}: lower them")
+    return [x.softmax(dim=1) for x in logits]
+
+
+def choose_lr(features, part, num_classes, momentum, seed, process=ALONE):
+    """Of SWEEP the rate whose classifier is best on a tenth of the training data that it did not learn from:
+    all rates at once, in float32 and half the epochs. features, part: as in `linear_probe`."""
+    counts, epochs = process.collect(len(part)), PROBE_EPOCHS // 2
+    held_out = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(seed)) % 10 == 0
+    held_out = held_out[sum(counts[: process.rank]) :][: len(part)].to(part.device)
+    settings = num_classes, SWEEP, momentum, seed, epochs, process, torch.float32
+    probes = SoftmaxRegression(features(0)[0].shape[1], *settings)
+    for epoch in range(epochs):
+        x, y = features(epoch)
+        probes.train_one_epoch(x[part & ~held_out], y[part & ~held_out])
+    x, y = (values[part & held_out] for values in features(0))
+    logits = probes.logits(x)
+    finite = logits.isfinite().all(dim=2).all(dim=0)
+    correct = torch.where(finite, (logits.argmax(dim=2) == y.unsqueeze(1)).sum(dim=0), -(2**31))
+    process.sum(correct)
+    return SWEEP[int(correct.argmax())]
 
 
 @torch.no_grad()
-def knn(train_x, train_y, test_x, num_classes, k=KNN_K, temperature=KNN_TEMPERATURE, process=ALONE):
-    """Predictions int64 [M] of the weighted nearest neighbours: the k of largest cosine vote with e^(cosine /
-    temperature). Each rank gives its own share of the training and of the test features; the training
-    features are gathered."""
+def knn(train_x, train_y, test_x, num_classes, ks=(KNN_K,), temperature=KNN_TEMPERATURE, process=ALONE):
+    """For each k of ks the votes float [M, C] of the weighted nearest neighbours: the k of largest cosine
+    vote with e^(cosine / temperature). Each rank gives its own share of the training and of the test
+    features; the training features are gathered. Source: Wu et al. (CVPR 2018)."""
     bank, train_y = F.normalize(process.gather(train_x), dim=1), process.gather(train_y)
-    predictions = [train_y[:0]]
-    for queries in F.normalize(test_x, dim=1).split(KNN_CHUNK):
-        cosine, index = (queries @ bank.T).topk(min(k, len(bank)), dim=1)  # chunk x k
+    votes = [test_x.new_zeros(len(test_x), num_classes) for _ in ks]
+    for start in range(0, len(test_x), KNN_CHUNK):
+        rows = slice(start, start + KNN_CHUNK)
+        similarity = F.normalize(test_x[rows], dim=1) @ bank.T
+        cosine, index = similarity.topk(min(max(ks), len(bank)), dim=1)  # chunk x k
         weight = ((cosine - cosine[:, :1]) / temperature).exp()  # relative to the nearest, lest it overflow
-        votes = torch.zeros(len(queries), num_classes, device=bank.device, dtype=bank.dtype)
-        predictions.append(votes.scatter_add_(1, train_y[index], weight).argmax(dim=1))
-    return torch.cat(predictions)
+        for k, found in zip(ks, votes):
+            found[rows].scatter_add_(1, train_y[index[:, :k]], weight[:, :k])
+    return votes
 
 
-def accuracy_rows(args, process, extract, probe, tested, tasks):
+def accuracy_rows(args, process, extract, probe, tested, tasks, ks=(KNN_K,), task_masked=False):
     """Rows of a[k][t], the accuracy on each task, by the protocol args.eval: "" that of one classifier; where
     domains are probed linearly, "linear_per_domain" that of one for each domain, which learns from its own
-    images. extract: of an ImageSet and perhaps an epoch of augmented views, a function that gives this rank's
-    features and labels; probe: the ImageSet to learn from; tested: extract(test); tasks.test: for each task
-    int64 indices."""
+    images; "k20" that of k-NN with another k than the first. extract: of an ImageSet and perhaps an epoch of
+    augmented views, a function that gives this rank's features and labels; probe: the ImageSet to learn from;
+    tested: extract(test); tasks.test: for each task int64 indices.
+
+    task_masked, where each task has its own classes: beside each row two more, "task_masked", the accuracy
+    among the task's own classes, and "task_level", how often the task itself is found, the classes' scores
+    summed. With args.probe_lr "sweep" also "probe_lr", no row but the rate that was chosen."""
     linear, augmented, count = args.eval == "linear", args.probe_views == "augmented", len(probe.classes)
     x, y = extract(probe, 0) if linear and augmented else extract(probe)
     known, labels = y >= 0, process.gather(tested[1])
@@ -138,39 +167,89 @@ def accuracy_rows(args, process, extract, probe, tested, tasks):
         own = probe.domains[sum(shares[: process.rank]) :][: len(known)].to(known.device)
         parts += [known & (own == domain) for domain in range(len(tasks.test))]
     if linear:
-        sgd = args.probe_lr, args.probe_momentum, args.seed, PROBE_EPOCHS, process
         features = lambda epoch: extract(probe, epoch) if augmented and epoch else (x, y)  # noqa: E731
-        found = linear_probe(features, parts, tested[0], count, *sgd)
+        sgd, lr = (args.probe_momentum, args.seed), args.probe_lr
+        lr = choose_lr(features, known, count, *sgd, process) if lr == "sweep" else lr
+        found = linear_probe(features, parts, tested[0], count, lr, *sgd, PROBE_EPOCHS, process)
     else:
-        found = [knn(x[known], y[known], tested[0], count, process=process)]
+        found = knn(x[known], y[known], tested[0], count, ks, process=process)
     joint, *others = map(process.gather, found)
-    rows = {"": accuracy_row(joint, labels, tasks.test)}
-    if others:
+    rows = {"": accuracy_row(joint.argmax(dim=1), labels, tasks.test)}
+    if args.probe_lr == "sweep" and linear:
+        rows["probe_lr"] = [lr]
+    if others and linear:
         own = zip(others, tasks.test)
-        rows["linear_per_domain"] = [accuracy_row(found, labels, [part])[0] for found, part in own]
+        rows["linear_per_domain"] = [accuracy_row(x.argmax(dim=1), labels, [part])[0] for x, part in own]
+    elif others:
+        own = zip(ks[1:], others)
+        rows |= {f"k{k}": accuracy_row(x.argmax(dim=1), labels, tasks.test) for k, x in own}
+    if task_masked:
+        rows["task_masked"], rows["task_level"] = task_rows(joint, labels, tasks)
     return rows
+
+
+def task_rows(scores, labels, tasks):
+    """The rows of task-incremental and of task-level accuracy from scores [M, C] over all classes."""
+    owner = torch.empty(scores.shape[1], dtype=torch.int64, device=scores.device)  # the task of each class
+    for task, classes in enumerate(tasks.names):
+        owner[classes] = task
+    task_of = torch.where(labels >= 0, owner[labels], -1)
+    masked = scores.masked_fill(owner != task_of.unsqueeze(1), -torch.inf).argmax(dim=1)
+    sums = scores.new_zeros(len(scores), len(tasks.names)).index_add_(1, owner, scores)
+    return accuracy_row(masked, labels, tasks.test), accuracy_row(sums.argmax(dim=1), task_of, tasks.test)
+
+
+def clustering(features, labels, num_clusters, seed, codes=None):
+    """{"nmi", "ari", "accuracy"}, in percent, of k-means on features [N, F] against labels int64 [N], and
+    "codes_nmi", ... of FALCON's codes int64 [N], where there are any. NMI: normalised mutual information;
+    ARI: adjusted Rand index; accuracy: with the best one-to-one match of clusters and classes (Hungarian
+    method)."""
+    from scipy.optimize import linear_sum_assignment
+    from sklearn import metrics
+    from sklearn.cluster import KMeans
+
+    known = (labels >= 0).cpu()
+    x, y = features.cpu()[known].numpy(), labels.cpu()[known].numpy()
+    clusters = {"": KMeans(num_clusters, n_init=5, random_state=seed).fit_predict(x)}
+    if codes is not None:
+        clusters["codes_"] = codes.cpu()[known].numpy()
+    scores = {}
+    for name, found in clusters.items():
+        table = metrics.cluster.contingency_matrix(y, found)
+        scores[f"{name}nmi"] = metrics.normalized_mutual_info_score(y, found)
+        scores[f"{name}ari"] = metrics.adjusted_rand_score(y, found)
+        scores[f"{name}accuracy"] = table[linear_sum_assignment(-table)].sum() / len(y)
+    return {name: round(100 * float(score), 4) for name, score in scores.items()}
 
 
 def protocol_name(args, name=""):
     """The words that stand beside every number. name: of what is reported beside the numbers of --eval."""
     joint = "one classifier over all classes"
+    mean, std = (" ".join(f"{x:g}" for x in values) for values in args.normalize)
+    images = f"images normalised by mean {mean}, deviation {std}"
     if name.startswith("online"):
         modes = {"clean": "eval mode", "released": "training mode, as in the papers' tables"}
         how = f"learns beside the network, lr {args.online_lr:g}, on all labelled images in view 2's "
         how += f"augmentation, which pass through the network in {modes[args.online_probe]}"
-        return f"online linear probe ({args.online_probe}): {how}; {joint}"
+        return f"online linear probe ({args.online_probe}): {how}; {joint}; {images}"
+    name, joint = {
+        "task_masked": (", task-masked", f"{joint}, of which the task's own at test"),
+        "task_level": (", task level", f"{joint}, whose scores are summed for each task"),
+        "linear_per_domain": (", per domain", f"{joint} for each domain, which learns from its images"),
+    }.get(name, (name and f", {name}", joint))
+    if args.eval == "clustering":
+        return f"clustering: k-means, as many clusters as classes, on the test features; {images}"
     if args.eval == "knn":
-        setting = f"cosine, k {KNN_K} or all if fewer, temperature {KNN_TEMPERATURE}"
-        return f"k-NN: {setting}; all classes, frozen features"
+        k = name[3:] if name.startswith(", k") else KNN_K
+        return f"k-NN{name}: cosine, k {k} or all if fewer, temperature {KNN_TEMPERATURE}; {joint}; {images}"
     crops = "random resized crop (0.08-1) and flip anew each epoch"
     views = crops if args.probe_views == "augmented" else "no augmentation"
-    kind = "offline linear probe"
-    if name == "linear_per_domain":
-        kind += ", per domain"
-        joint += " for each domain, which learns from that domain's images"
-    sgd = f"SGD in float64, lr {args.probe_lr:g}, momentum {args.probe_momentum:g}, {PROBE_EPOCHS} epochs, "
+    lr = f"lr {args.probe_lr}"
+    if args.probe_lr == "sweep":
+        lr = f"lr of {SWEEP} chosen for each network on a held-out tenth of the training data"
+    sgd = f"SGD in float64, {lr}, momentum {args.probe_momentum:g}, {PROBE_EPOCHS} epochs, "
     sgd += f"batch {PROBE_BATCH}, lr x 0.1 at epochs 60 and 80"
-    return f"{kind}: {sgd}; {joint}; frozen network, {views}"
+    return f"offline linear probe{name}: {sgd}; {joint}; frozen network, {views}; {images}"
 
 
 def accuracy_row(predictions, labels, parts):
@@ -181,70 +260,11 @@ def accuracy_row(predictions, labels, parts):
     return [round(100 * correct[part][known[part]].mean().item(), 4) for part in parts]
 
 
-def average_accuracy(matrix):
-    """A_T = mean over k of a[k][T]; matrix[t][k]: accuracy on task k after training task t."""
-    return sum(matrix[-1]) / len(matrix[-1])
-
-
-def forgetting(matrix):
-    """1/(T-1) sum over k < T of max over t of (a[k][t] - a[k][T]); None for one task."""
-    last = len(matrix) - 1
-    return sum(max(row[k] for row in matrix) - matrix[-1][k] for k in range(last)) / last if last else None
-
-
-def forward_transfer(matrix, random_row):
-    """1/(T-1) sum over k >= 2 of (a[k][k-1] - R_k), R: a random backbone's row; None without it, or for one
-    task."""
-    last = len(matrix) - 1
-    if not last or random_row is None:
-        return None
-    return sum(matrix[k - 1][k] - random_row[k] for k in range(1, last + 1)) / last
-
-
-def plasticity(matrix, single_task):
-    """1/(T-1) sum over j < T of 1/(T-j) sum over k > j of (a[k][j] - FT_k), FT: accuracies of models trained
-    on one task each; None without them, or for one task."""
-    count = len(matrix)
-    if count < 2 or single_task is None:
-        return None
-    later = [[matrix[j][k] - single_task[k] for k in range(j + 1, count)] for j in range(count - 1)]
-    return sum(sum(gaps) / len(gaps) for gaps in later) / (count - 1)
-
-
-def summary(matrix, num_tasks, protocol, random_row=None, single_task=None):
-    """The block of results.json: averages are of the tasks seen so far; what cannot be known yet is None."""
-    seen = [row[: len(matrix)] for row in matrix]
-    return {
-        "matrix": matrix,
-        "average_accuracy": average_accuracy(seen),
-        "forgetting": forgetting(seen),
-        "plasticity": plasticity(seen, single_task),
-        "forward_transfer": forward_transfer(seen, random_row),
-        "random_backbone": random_row,
-        "protocol": protocol,
-        "tasks": num_tasks,
-    }
-
-
 def blocks(args, run):
     """What results.json says of the protocols that are evaluated while training, by name; "" is --eval's."""
-    words, rows = {name: protocol_name(args, name) for name in run.matrices}, run.random_rows
-    return {name: summary(run.matrices[name], args.num_tasks, words[name], rows.get(name)) for name in words}
-
-
-def format_matrix(matrix):
-    """The accuracy matrix as text: rows t, columns k."""
-    header = "after task | " + " ".join(f"task {k:<2d}" for k in range(len(matrix[0])))
-    lines = [f"{t:>10d} | " + " ".join(f"{a:7.2f}" for a in row) for t, row in enumerate(matrix)]
-    return "\n".join([header, "-" * len(header), *lines])
-
-
-def format_row(name, row):
-    """Accuracies in a line, with their mean."""
-    return f"{name} {' '.join(f'{a:.2f}' for a in row)}, mean {sum(row) / len(row):.2f}"
-
-
-def format_summary(block):
-    """The numbers of results.json in a line; what is not known is left out."""
-    known = ((short, block[name]) for name, short in SCORES.items() if block[name] is not None)
-    return ", ".join(f"{short} {value:.2f}" for short, value in known)
+    found = {}
+    for name, matrix in run.matrices.items():
+        words, random_row = protocol_name(args, name), run.random_rows.get(name)
+        single_task = args.reference and reference_row(args.reference, name, words)
+        found[name] = summary(matrix, args.num_tasks, words, random_row, single_task)
+    return found

@@ -17,14 +17,15 @@ from tqdm import tqdm
 
 from utils import UserError, checkpoint
 from utils.collapse import feature_std
-from utils.evaluate import SCORES, format_row
 from utils.log import Log, Meter, Progress
+from utils.metrics import SCORES, format_row
 
 # arguments that may differ when a run is resumed: they change where and how fast it runs, not what it does
-FREE = set("out_dir data_dir download cache device compile save_every log_every workers skip_corrupt".split())
+FREE = "out_dir data_dir download cache device compile save_every log_every workers skip_corrupt reference"
+FREE = set(FREE.split())
 PROTOCOL = set("eval probe_lr probe_momentum probe_views probe_data_dir".split())  # until a task has ended
 COUNTERS = dict.fromkeys("task epoch step global_step finished start_std last_std".split(), 0)
-COUNTERS |= {"warned": -1, "matrices": {}, "random_rows": {}, "collapsed": []}
+COUNTERS |= {"warned": -1, "first_task_given": False, "matrices": {}, "random_rows": {}, "collapsed": []}
 
 
 def write_json(path, content):
@@ -43,14 +44,13 @@ def read_config(folder):
         raise UserError(f"{folder} is not a run folder: its config.json is missing or damaged") from error
 
 
-def write_results(folder, blocks):
-    """Puts the blocks into the folder's results.json; what is there under other names stays."""
-    path = Path(folder) / "results.json"
+def write_results(path, blocks):
+    """Puts the blocks into a results.json; what is there under other names stays."""
     try:
-        present = json.loads(path.read_text())
+        present = json.loads(Path(path).read_text())
     except (FileNotFoundError, ValueError):
         present = {}
-    write_json(path, {**present, **blocks})
+    write_json(Path(path), {**present, **blocks})
 
 
 def environment():
@@ -260,7 +260,7 @@ class Run:
         figure = plot_matrix(block["matrix"], f"{title}{scores['average_accuracy']:.2f} %", names)
         writer.add_figure(picture, figure, self.global_step)
         figure.savefig(self.folder / f"{picture}.png")
-        write_results(self.folder, {name: block} if name else block)
+        write_results(self.folder / "results.json", {name: block} if name else block)
         line = format_row(f"after task {self.task}: accuracy (%), {protocol}", block["matrix"][-1])
         random_row = block["random_backbone"]
         print(line + (f"; {format_row('random network', random_row)}" if random_row else ""), flush=True)
