@@ -6,6 +6,7 @@
 #   OUT=DIR    the run folder (such as runs/domainnet-domain6-moco-pnr-seed5); the same command again resumes it
 #   GPUS=N     processes on this machine (1); the results are those of one
 #   PYTHON=... an interpreter (python, if it has PyTorch, or else that of .venv)
+#   REFERENCE=1 with METHOD finetune: each task alone, which plasticity is measured against (--reference)
 # Decoding keeps a GPU waiting? --cache DIR (about 0.25 MB an image, made once) or more --workers.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/launch.sh"

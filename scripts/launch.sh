@@ -19,5 +19,5 @@ launch() {
               --signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1) # so that SIGUSR1, too, reaches the processes
   fi
   exec "${command[@]}" "$ROOT/main_cssl.py" --data_dir "${DATA:-datasets}" ${OUT:+--out_dir "$OUT"} --backbone resnet18 \
-    --method "$METHOD" --regularizer "$REGULARIZER" "$@" ${FLAGS[@]+"${FLAGS[@]}"}
+    --method "$METHOD" --regularizer "$REGULARIZER" ${REFERENCE:+--single_tasks} "$@" ${FLAGS[@]+"${FLAGS[@]}"}
 }
