@@ -24,9 +24,7 @@ from models import add_network_arguments, resolve_network
 from utils.arguments import Parser
 from utils.stop import Stop
 
-OF_DATA = (
-    "data_dir cache cache_size probe_data_dir domain_order scenario num_tasks normalize val_split".split()
-)
+OF_DATA = "data_dir cache cache_size probe_data_dir domain_order scenario num_tasks val_split".split()
 OF_THE_RUN = "dataset num_tasks seed backbone width stem domain_order cache_size val_split".split()
 NOT_OF_THE_RUN = "eval device workers out_dir reference download skip_corrupt".split()
 
@@ -76,6 +74,8 @@ def parse_arguments(argv=None, config=None):
             words = f"{getattr(args, name)} is not that of {args.run}, {config.get(name)}: leave it out"
             advice = ", or use --transfer, or --checkpoint with one of its networks" * (name == "dataset")
             parser.error(f"--{name} {words}{advice}")
+    if args.out and not Path(args.out).absolute().parent.is_dir():
+        parser.error(f"--out {args.out}: there is no such folder")
     if args.normalize not in (["run"], ["dataset"]):
         try:
             numbers = [float(x) for x in args.normalize]
@@ -206,9 +206,8 @@ def publish(args, transfer, source, found, random_rows):
             settings |= {"lr": args.probe_lr, "momentum": args.probe_momentum, "views": args.probe_views}
         words = evaluate.protocol_name(args, part)
         words += f"; {100 * args.label_fraction:g} % of the labels" if args.label_fraction < 1 else ""
-        name = " ".join(
-            [args.eval, *(f"{k}={_short(v)}" for k, v in settings.items()), *filter(None, [part])]
-        )
+        name = " ".join([args.eval, *(f"{key}={_short(value)}" for key, value in settings.items()), part])
+        name = name.rstrip()
         block = {"protocol": words, "settings": {"protocol": args.eval, **settings, "part": part}}
         block |= {"probe_lr": [lr for (lr,) in rates]} if rates else {}
         print(f"\n{name}\n{words}" + (f"; chosen: {block['probe_lr']}" if rates else ""))

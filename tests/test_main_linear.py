@@ -114,7 +114,7 @@ def test_clustering(tmp_path, monkeypatch):
     assert all(0 <= value <= 100 for block in found.values() for (value,) in block["rows"])
 
 
-def test_one_network(folder, tmp_path, capsys):
+def test_one_network(finished, folder, tmp_path, capsys):
     """Its own data set and settings come with a taskN.pt; the architecture is read off any file."""
     row = trees.results(folder)["matrix"][1]
     out = f"--protocol knn --out {tmp_path / 'out.json'}"
@@ -123,7 +123,15 @@ def test_one_network(folder, tmp_path, capsys):
     assert run(f"--checkpoint {tmp_path / 'theirs.pt'} --dataset digits {out}", main_linear) == 0
     blocks = json.loads((tmp_path / "out.json").read_text())
     assert len(blocks) == 4 and next(iter(blocks.values()))["rows"] == [row]
-    fails(capsys, f"--checkpoint {tmp_path / 'theirs.pt'}", "--dataset", script=main_linear)
+    theirs, cifar = (
+        f"--checkpoint {tmp_path / 'theirs.pt'}",
+        f"--dataset cifar10 --data_dir {finished / 'cifar'}",
+    )
+    fails(capsys, theirs, "--dataset", script=main_linear)
+    fails(capsys, f"{theirs} --dataset digits --out {tmp_path / 'no' / 'x'}", "--out", script=main_linear)
+    capsys.readouterr()
+    assert run(f"--checkpoint {folder / 'task1.pt'} {cifar} --protocol knn", main_linear) == 0
+    assert "mean 0.3053" in capsys.readouterr().out  # as the network's own images were normalised
     fails(
         capsys,
         f"--checkpoint {tmp_path / 'theirs.pt'} --dataset digits --width 4",

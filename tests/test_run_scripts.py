@@ -86,7 +86,8 @@ def test_choices(tmp_path):
     assert (args.data_dir, args.out_dir) == ("/d", "o")
     args = settings("run_domainnet.sh", "--init_from", "x/task0.pt")
     assert (args.init_from, args.out_dir, args.num_tasks) == ("x/task0.pt", None, None)
-    assert settings("run_cifar100.sh", "byol", "finetune", REFERENCE="1").single_tasks and not args.single_tasks
+    assert settings("run_cifar100.sh", "byol", "finetune", REFERENCE="1").single_tasks
+    assert not args.single_tasks
     for name, words, variables in (
         ("run_imagenet100.sh", "SCENARIO=domain", {"SCENARIO": "domain", "PYTHON": "echo"}),
         ("run_domainnet.sh", "GPUS=two", {"GPUS": "two", "PYTHON": "echo"}),
