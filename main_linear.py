@@ -72,7 +72,7 @@ def parse_arguments(argv=None, config=None):
     for name in OF_THE_RUN if args.run and config else ():
         if getattr(args, name) not in (None, config.get(name)):
             words = f"{getattr(args, name)} is not that of {args.run}, {config.get(name)}: leave it out"
-            advice = ", or use --transfer, or --checkpoint with one of its networks" * (name == "dataset")
+            advice = ", or pass --transfer, --probe_data_dir or --checkpoint" * (name == "dataset")
             parser.error(f"--{name} {words}{advice}")
     if args.out and not Path(args.out).absolute().parent.is_dir():
         parser.error(f"--out {args.out}: there is no such folder")
@@ -196,7 +196,7 @@ def evaluate_networks(args, process, networks, config, transfer):
 def publish(args, transfer, source, found, random_rows):
     """Prints and writes what was found, rows by part and network: a matrix and what is read off it where
     there is a row of tasks for each network of a run; else one number for each network."""
-    rates, level = found.pop("probe_lr", None), found.get("task_level")
+    rates = found.pop("probe_lr", None)
     for part, rows in found.items():
         settings = {"dataset": transfer or args.dataset, "size": args.image_size, "normalize": source}
         settings |= {"labels": args.label_fraction} | ({} if args.run else {"network": args.checkpoint})
@@ -213,7 +213,7 @@ def publish(args, transfer, source, found, random_rows):
         print(f"\n{name}\n{words}" + (f"; chosen: {block['probe_lr']}" if rates else ""))
         if args.run and not transfer and args.eval != "clustering":
             single = args.reference and metrics.reference_row(args.reference, name, words)
-            levels = level if part == "" else None
+            levels = found.get(f"{part} task_level".strip())
             block |= metrics.summary(rows, args.num_tasks, words, random_rows.get(part), single, levels)
             print(f"{metrics.format_matrix(rows)}\n{metrics.format_summary(block)}")
         else:

@@ -96,11 +96,16 @@ def test_labels(folder, capsys):
 def test_task_masked(folder, capsys):
     """Within the task's own classes no less is right; consolidation is read off the task level."""
     found = linear(folder, "--protocol knn --task_masked")
-    assert set(found) == {"", "k20", "task_masked", "task_level"}
+    kinds = ("task_masked", "task_level")
+    assert set(found) == {"", "k20", *kinds, *(f"k20 {kind}" for kind in kinds)}
     for own, masked in zip(found[""]["matrix"], found["task_masked"]["matrix"]):
         assert all(a <= b for a, b in zip(own, masked))
     last = found["task_level"]["matrix"][-1]
-    assert found[""]["consolidation"] == sum(last) / 2 and found["k20"]["consolidation"] is None
+    assert found[""]["consolidation"] == sum(last) / 2 and found["task_level"]["consolidation"] is None
+    assert (
+        "k 20 " in found["k20 task_masked"]["protocol"]
+        and "task-masked" in found["k20 task_masked"]["protocol"]
+    )
     fails(capsys, f"--run {folder} --task_masked --scenario data", "--task_masked", script=main_linear)
 
 

@@ -174,17 +174,17 @@ def accuracy_rows(args, process, extract, probe, tested, tasks, ks=(KNN_K,), tas
     else:
         found = knn(x[known], y[known], tested[0], count, ks, process=process)
     joint, *others = map(process.gather, found)
-    rows = {"": accuracy_row(joint.argmax(dim=1), labels, tasks.test)}
-    if args.probe_lr == "sweep" and linear:
-        rows["probe_lr"] = [lr]
-    if others and linear:
+    scores, rows = {"": joint} | ({} if linear else {f"k{k}": x for k, x in zip(ks[1:], others)}), {}
+    for name, x in scores.items():
+        rows[name] = accuracy_row(x.argmax(dim=1), labels, tasks.test)
+        if task_masked:
+            names = (f"{name} {kind}".strip() for kind in ("task_masked", "task_level"))
+            rows |= zip(names, task_rows(x, labels, tasks))
+    if linear and others:
         own = zip(others, tasks.test)
         rows["linear_per_domain"] = [accuracy_row(x.argmax(dim=1), labels, [part])[0] for x, part in own]
-    elif others:
-        own = zip(ks[1:], others)
-        rows |= {f"k{k}": accuracy_row(x.argmax(dim=1), labels, tasks.test) for k, x in own}
-    if task_masked:
-        rows["task_masked"], rows["task_level"] = task_rows(joint, labels, tasks)
+    if linear and args.probe_lr == "sweep":
+        rows["probe_lr"] = [lr]
     return rows
 
 
@@ -232,15 +232,15 @@ def protocol_name(args, name=""):
         how = f"learns beside the network, lr {args.online_lr:g}, on all labelled images in view 2's "
         how += f"augmentation, which pass through the network in {modes[args.online_probe]}"
         return f"online linear probe ({args.online_probe}): {how}; {joint}; {images}"
+    k, kind = (name[1:].partition(" ")[::2]) if name.startswith("k") else (KNN_K, name)
     name, joint = {
         "task_masked": (", task-masked", f"{joint}, of which the task's own at test"),
         "task_level": (", task level", f"{joint}, whose scores are summed for each task"),
         "linear_per_domain": (", per domain", f"{joint} for each domain, which learns from its images"),
-    }.get(name, (name and f", {name}", joint))
+    }.get(kind, ("", joint))
     if args.eval == "clustering":
         return f"clustering: k-means, as many clusters as classes, on the test features; {images}"
     if args.eval == "knn":
-        k = name[3:] if name.startswith(", k") else KNN_K
         return f"k-NN{name}: cosine, k {k} or all if fewer, temperature {KNN_TEMPERATURE}; {joint}; {images}"
     crops = "random resized crop (0.08-1) and flip anew each epoch"
     views = crops if args.probe_views == "augmented" else "no augmentation"
