@@ -102,7 +102,7 @@ from models.resnet import build_backbone
 from utils import UserError, checkpoint, distributed, evaluate, metrics
 from utils.collapse import COLLAPSED_STD, collapse_metrics, collapsed
 from utils.optim import build_optimizer, set_lr
-from utils.run import Run
+from utils.run import Run, write_results
 
 COLLAPSED = "the network has collapsed in {}: its outputs hardly differ between images; lower --lr"
 
@@ -206,7 +206,7 @@ def resolve(args, process, train, test, tasks):
             args.online_probe != "off"
         )
         for name in names:
-            metrics.reference_row(args.reference, name, evaluate.protocol_name(args, name))
+            metrics.reference_row(args.reference, name, evaluate.protocol_name(args, name), vars(args))
     if args.batch_size < 2 or args.batch_size % process.world:
         needs = f"at least 2 images, and the {process.world} process(es) have to divide it"
         raise UserError(f"--batch_size {args.batch_size}: a batch of all processes needs {needs}")
@@ -328,9 +328,10 @@ def print_results(args, process, run, image_sets):
     skipped = sum(len(set().union(*ranks)) for ranks in found.values())
     if not process.main:
         return
-    for block in evaluate.blocks(args, run).values():
+    for name, block in evaluate.blocks(args, run).items():
         print(f"\naccuracy (%), {block['protocol']}\n{metrics.format_matrix(block['matrix'])}")
         print(metrics.format_summary(block))
+        write_results(run.folder / "results.json", {name: block} if name else block)  # --reference may be new
     if skipped:
         print(f"{skipped} images could not be read and were skipped: see python -m data.check")
     if run.collapsed:

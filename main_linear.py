@@ -14,6 +14,7 @@ does so for one network, whose architecture is read off the file.
 
 import argparse
 import copy
+import math
 import sys
 from itertools import takewhile
 from pathlib import Path
@@ -25,12 +26,16 @@ from utils.arguments import Parser
 from utils.stop import Stop
 
 OF_DATA = "data_dir cache cache_size probe_data_dir domain_order scenario num_tasks val_split".split()
-OF_THE_RUN = "dataset num_tasks seed backbone width stem domain_order cache_size val_split".split()
+OF_THE_RUN = "dataset scenario num_tasks seed backbone width stem domain_order cache_size val_split".split()
 NOT_OF_THE_RUN = "eval device workers out_dir reference download skip_corrupt".split()
 
 
-def rate(text):
-    return text if text == "sweep" else float(text)
+def number(text):
+    """A number, or one of the words that stand for some."""
+    try:
+        return text if text in ("sweep", "run", "dataset") else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no number") from error
 
 
 def parse_arguments(argv=None, config=None):
@@ -54,13 +59,13 @@ def parse_arguments(argv=None, config=None):
     text = "share of each class's labels that the classifier sees, such as 0.01; the same for every network"
     add("--label_fraction", type=float, default=1.0, help=text)
     text = "of the linear probe; sweep: of 8 the best on a tenth of the training data that is held out"
-    add("--probe_lr", type=rate, default=1.0, help=text)
+    add("--probe_lr", type=number, default=1.0, help=text)
     text = "what it learns from: plain images, or random crops and flips, anew in each epoch, as in papers"
     add("--probe_views", choices=("cached", "augmented"), default="cached", help=text)
     add("--probe_momentum", type=float, default=0.0, help="of the linear probe")
     text = "mean and deviation that images are normalised with: those that the network was trained with; the "
     text += "data set's own; or two or six numbers"
-    add("--normalize", nargs="+", default=["run"], metavar="run|dataset|M S", help=text)
+    add("--normalize", type=number, nargs="+", default=["run"], metavar="run|dataset|M S", help=text)
     text = "a run of single tasks (main_cssl.py --single_tasks) that was evaluated likewise, for plasticity"
     add("--reference", metavar="DIR", help=text)
     add_data_arguments(parser), add_network_arguments(parser)
@@ -70,19 +75,21 @@ def parse_arguments(argv=None, config=None):
     if (args.run is None) == (args.checkpoint is None):
         parser.error("pass either --run DIR or --checkpoint FILE")
     for name in OF_THE_RUN if args.run and config else ():
-        if getattr(args, name) not in (None, config.get(name)):
+        elsewhere = name == "val_split" and args.transfer
+        if getattr(args, name) not in (None, config.get(name)) and not elsewhere:
             words = f"{getattr(args, name)} is not that of {args.run}, {config.get(name)}: leave it out"
             advice = ", or pass --transfer, --probe_data_dir or --checkpoint" * (name == "dataset")
             parser.error(f"--{name} {words}{advice}")
-    if args.out and not Path(args.out).absolute().parent.is_dir():
-        parser.error(f"--out {args.out}: there is no such folder")
+    parser.check_folder_of("out", args.out)
+    if args.eval == "clustering" and (args.label_fraction < 1 or args.task_masked):
+        parser.error("--protocol clustering uses no labels: leave out --label_fraction and --task_masked")
+    if args.reference and (not args.run or args.transfer or args.eval == "clustering"):
+        parser.error("--reference: for the accuracy matrix of a --run, which has a plasticity")
+    numbers = [x for x in args.normalize if isinstance(x, float) and math.isfinite(x)]
     if args.normalize not in (["run"], ["dataset"]):
-        try:
-            numbers = [float(x) for x in args.normalize]
-            assert len(numbers) in (2, 6) and min(numbers[len(numbers) // 2 :]) > 0
-            args.normalize = [numbers[:3], numbers[3:]] if len(numbers) == 6 else [[x] * 3 for x in numbers]
-        except (ValueError, AssertionError):
+        if not len(numbers) == len(args.normalize) in (2, 6) or min(numbers[len(numbers) // 2 :]) <= 0:
             parser.error("--normalize: choose run, dataset, or two or six numbers, deviations above 0")
+        args.normalize = [numbers[:3], numbers[3:]] if len(numbers) == 6 else [[x] * 3 for x in numbers]
     return args
 
 
@@ -91,11 +98,11 @@ if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
 
 import torch
 
-from data.datasets import load_dataset
+from data.datasets import load_dataset, share_of_each
 from data.scenarios import plan
 from models.resnet import build_backbone
 from utils import UserError, checkpoint, distributed, evaluate, metrics
-from utils.run import read_config, write_json, write_results
+from utils.run import read_config, read_results, write_json, write_results
 
 
 def main(args, argv=None):
@@ -103,14 +110,15 @@ def main(args, argv=None):
     process = distributed.start(args.device)
     networks, config = find_networks(args, process)
     args = parse_arguments(argv, {k: v for k, v in config.items() if k not in NOT_OF_THE_RUN})
+    targets = [(f"--transfer {name}", name) for name in args.transfer or ()]
     if args.run and args.probe_data_dir != config.get("probe_data_dir"):
         # on other images than the run's the columns of a matrix would not be its tasks
-        args.transfer, args.probe_data_dir = [*(args.transfer or ()), args.probe_data_dir], None
-    if args.dataset is None and not args.transfer:
+        targets.append((f"--probe_data_dir {args.probe_data_dir}", args.probe_data_dir))
+    if args.dataset is None and not targets:
         raise UserError(f"{networks[0]} does not say what it was trained on: pass --dataset")
-    for name in args.transfer or [None]:
-        chosen = args if name is None else transfer_arguments(args, name)
-        evaluate_networks(chosen, process, networks, config, name)
+    read_results(results_path(args))  # if it is damaged, that is told before anything is evaluated
+    for other in [transfer_arguments(args, *target) for target in targets] or [args]:
+        evaluate_networks(other, process, networks, config, other is not args)
 
 
 def find_networks(args, process):
@@ -134,7 +142,11 @@ def find_networks(args, process):
     return [Path(args.checkpoint)], config
 
 
-def transfer_arguments(args, name):
+def results_path(args):
+    return Path(args.out) if args.out else Path(args.run) / "results.json" if args.run else None
+
+
+def transfer_arguments(args, flag, name):
     """Those for another data set: NAME, NAME=DIR, or DIR."""
     other, (dataset, _, folder) = copy.copy(args), name.partition("=")
     if dataset in DATASETS:
@@ -143,14 +155,16 @@ def transfer_arguments(args, name):
         other.dataset, other.data_dir = "folder", name
     else:
         known = ", ".join(DATASETS)
-        raise UserError(f"--transfer {name}: neither a folder nor NAME or NAME=DIR with NAME one of {known}")
+        raise UserError(f"{flag}: neither a folder nor NAME or NAME=DIR with NAME one of {known}")
+    if other.dataset != "folder" or any((Path(other.data_dir) / test).is_dir() for test in ("test", "val")):
+        other.val_split = None
     other.scenario, other.num_tasks, other.domain_order, other.probe_data_dir = "class", 1, None, None
     return other
 
 
 def evaluate_networks(args, process, networks, config, transfer):
-    """Evaluates the networks on one data set, prints the numbers and writes them. transfer: its name where it
-    is not the networks' own, on which a network has one accuracy, and none per task."""
+    """Evaluates the networks on one data set, prints the numbers and writes them. transfer: it is not the
+    networks' own, so that a network has one accuracy, and none per task."""
     train, probe, test = process.rank0_first(lambda: load_dataset(args))
     tasks = plan(train, test, args.scenario, args.num_tasks, args.seed)
     if test is None:
@@ -163,7 +177,11 @@ def evaluate_networks(args, process, networks, config, transfer):
     source = normalize(args, config, probe, test)
     for images in (probe, test):
         images.to(process.device)
-    probe = keep_labels(probe, args, process)
+    settings = settings_of(args, config, source, transfer)
+    matrix = args.run and not transfer and args.eval != "clustering"
+    if matrix and args.reference:  # told before anything is evaluated
+        metrics.reference_row(args.reference, *named(args, settings, ""), config)
+    probe = keep_labels(probe, args, process, settings["dataset"])
     torch.manual_seed(args.seed)
     backbone = build_backbone(args.backbone, args.width, args.stem)
     backbone.to(process.device, memory_format=torch.channels_last)
@@ -176,96 +194,105 @@ def evaluate_networks(args, process, networks, config, transfer):
             ks = evaluate.KNN_K, 20
             return evaluate.accuracy_rows(args, process, extract, probe, tested, tasks, ks, args.task_masked)
         features, labels = map(process.gather, tested)
-        codes = None if network is None else codes_of(network, features)
-        scores = evaluate.clustering(features, labels, len(probe.classes), args.seed, codes)
+        scores = evaluate.clustering(
+            features, labels, len(probe.classes), args.seed, codes_of(network, features)
+        )
         return {name: [score] for name, score in scores.items()}
 
-    random_rows, found = rows() if args.run and transfer is None else {}, {}
+    random_rows, found = rows() if matrix else {}, {}
     for path in networks:
         network = checkpoint.read_network(path)
         what = f"--backbone {args.backbone} --width {args.width} --stem {args.stem}"
         checkpoint.load_strictly(backbone, network["backbone"], path, what)
         for part, row in rows(network).items():
             found.setdefault(part, []).append(row)
-            if process.main and part != "probe_lr":
+            if process.main:
                 print(metrics.format_row(f"{path}{part and f' ({part})'}:", row), flush=True)
-    if process.main:
-        publish(args, transfer, source, found, random_rows)
-
-
-def publish(args, transfer, source, found, random_rows):
-    """Prints and writes what was found, rows by part and network: a matrix and what is read off it where
-    there is a row of tasks for each network of a run; else one number for each network."""
-    rates = found.pop("probe_lr", None)
-    for part, rows in found.items():
-        settings = {"dataset": transfer or args.dataset, "size": args.image_size, "normalize": source}
-        settings |= {"labels": args.label_fraction} | ({} if args.run else {"network": args.checkpoint})
-        if transfer and args.dataset == "folder":
-            settings["dataset"] = str(Path(args.data_dir).resolve())
-        if args.eval == "linear":
-            settings |= {"lr": args.probe_lr, "momentum": args.probe_momentum, "views": args.probe_views}
-        words = evaluate.protocol_name(args, part)
-        words += f"; {100 * args.label_fraction:g} % of the labels" if args.label_fraction < 1 else ""
-        name = " ".join([args.eval, *(f"{key}={_short(value)}" for key, value in settings.items()), part])
-        name = name.rstrip()
-        block = {"protocol": words, "settings": {"protocol": args.eval, **settings, "part": part}}
-        block |= {"probe_lr": [lr for (lr,) in rates]} if rates else {}
-        print(f"\n{name}\n{words}" + (f"; chosen: {block['probe_lr']}" if rates else ""))
-        if args.run and not transfer and args.eval != "clustering":
-            single = args.reference and metrics.reference_row(args.reference, name, words)
-            levels = found.get(f"{part} task_level".strip())
-            block |= metrics.summary(rows, args.num_tasks, words, random_rows.get(part), single, levels)
-            print(f"{metrics.format_matrix(rows)}\n{metrics.format_summary(block)}")
+    rates, blocks = [lr for (lr,) in found.pop("probe_lr", ())], {}
+    for part, part_rows in found.items():
+        shown = "" if args.eval == "clustering" else part
+        name, words = named(args, settings, shown)
+        block = {"protocol": words, "settings": {"protocol": args.eval, **settings, "part": shown}}
+        block |= {"probe_lr": rates} if rates else {}
+        if args.eval == "clustering":
+            block = {**blocks.get(name, block), part: [score for (score,) in part_rows]}
+        elif matrix:
+            single = args.reference and metrics.reference_row(args.reference, name, words, config)
+            alone = config.get("single_tasks", False)
+            block |= metrics.summary(
+                part_rows, args.num_tasks, words, random_rows.get(part), single, alone, part
+            )
         else:
-            block["rows"] = rows
-        if args.run or args.out:
-            write_results(args.out or Path(args.run) / "results.json", {name: block})
+            block["rows"] = part_rows
+        blocks[name + f" reference={args.reference}" * bool(matrix and args.reference)] = block
+    for name, block in blocks.items() if process.main else ():
+        print(f"\n{name}\n{block['protocol']}" + (f"; chosen: {rates}" if rates else ""))
+        if matrix:
+            print(f"{metrics.format_matrix(block['matrix'])}\n{metrics.format_summary(block)}")
+    if process.main and (path := results_path(args)):
+        write_results(path, blocks)
 
 
-def _short(value):
-    return f"{value:g}" if isinstance(value, float) else value
+def settings_of(args, config, source, transfer):
+    """What decides a number besides the networks, by name; what is as in the networks' own run is left
+    out."""
+    dataset = f"folder:{Path(args.data_dir).resolve()}" if args.dataset == "folder" else args.dataset
+    settings = {"dataset": dataset, "size": args.image_size, "normalize": source}
+    own = () if transfer else ("scenario", "num_tasks", "domain_order", "probe_data_dir")
+    for name in (*own, "seed", "precision", "val_split"):
+        if getattr(args, name) != config.get(name):
+            settings[name] = getattr(args, name)
+    if args.eval != "clustering":
+        settings["labels"] = args.label_fraction
+    if args.eval == "linear":
+        settings |= {"lr": args.probe_lr, "momentum": args.probe_momentum, "views": args.probe_views}
+    return settings | ({"network": args.checkpoint or args.run} if args.out else {})
+
+
+def named(args, settings, part):
+    """The name of a block of results, and the words that stand beside its numbers."""
+    values = (
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in settings.items()
+    )
+    words = evaluate.protocol_name(args, part)
+    words += f"; {100 * args.label_fraction:g} % of the labels" if args.label_fraction < 1 else ""
+    return " ".join([args.eval, *values, part]).rstrip(), words
 
 
 def normalize(args, config, *image_sets):
     """Sets the mean and deviation of the ImageSets, and args.normalize, to what --normalize asks for; returns
     what that is, in a word."""
-    source = args.normalize[0] if args.normalize in (["run"], ["dataset"]) else "given"
-    if source == "run" and "normalize" in config:
-        args.normalize = config["normalize"]
-    elif source != "given":
+    if args.normalize == ["run"] and config.get("normalize"):
+        source, args.normalize = "run", config["normalize"]
+    elif args.normalize in (["run"], ["dataset"]):
         source, args.normalize = "dataset", [list(x) for x in (image_sets[0].mean, image_sets[0].std)]
+    else:
+        source = ",".join(f"{x:g}" for values in args.normalize for x in values)
     for images in image_sets:
         images.mean, images.std = args.normalize
-    if source == "given":
-        source = ",".join(f"{x:g}" for values in args.normalize for x in values)
     return source
 
 
-def keep_labels(images, args, process):
+def keep_labels(images, args, process, dataset):
     """The ImageSet with the share of each class that --label_fraction asks for, the same for every network,
     and saved beside the results. Raises UserError where that is no image of a class."""
     if args.label_fraction == 1:
         return images
-    labels = images.labels.cpu()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed))
-    members = {int(label): order[labels[order] == label] for label in labels[labels >= 0].unique()}
-    kept = {label: m[: round(args.label_fraction * len(m))] for label, m in members.items()}
-    if empty := [images.classes[label] for label, m in kept.items() if not len(m)]:
-        few = min(len(m) for m in members.values())
-        advice = f"choose at least {1 / few:.2g}"
-        raise UserError(f"--label_fraction {args.label_fraction:g} leaves no image of {empty[0]}: {advice}")
-    indices = torch.cat(list(kept.values())).sort().values
-    if process.main and (args.run or args.out):
-        folder = Path(args.run or Path(args.out).parent)
-        name = f"labels_{Path(args.data_dir).name if args.dataset == 'folder' else args.dataset}"
-        write_json(folder / f"{name}_{args.label_fraction:g}.json", indices.tolist())
-    return images.subset(indices)
+    kept, empty = share_of_each(images.labels.cpu(), args.label_fraction, args.seed)
+    if empty:
+        words = f"--label_fraction {args.label_fraction:g} leaves no image of {images.classes[empty[0]]}"
+        raise UserError(f"{words}: choose a larger one")
+    if process.main and (path := results_path(args)):
+        name = f"labels {dataset} {args.label_fraction:g} seed{args.seed}.json"
+        write_json(path.with_name(name.replace("/", "-").replace(" ", "_")), kept.tolist())
+    return images.subset(kept)
 
 
 def codes_of(network, features):
     """FALCON's codes of features [N, F], int64 [N]; None for methods, and networks of others, without
     codes."""
-    if network["config"] is None:
+    if network is None or network["config"] is None:
         return None
     config = argparse.Namespace(**network["config"])
     method = find(config.method)(build_backbone(config.backbone, config.width, config.stem), config)

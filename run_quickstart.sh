@@ -15,6 +15,6 @@ SETTINGS=(--dataset digits --num_tasks 5 --image_size 16 --backbone resnet10 --w
 "$PYTHON" "$ROOT/main_cssl.py" "${SETTINGS[@]}" --regularizer finetune --out_dir "$OUT/finetune" "$@"
 "$PYTHON" "$ROOT/main_cssl.py" "${SETTINGS[@]}" --regularizer pnr --init_from "$OUT/finetune/task0.pt" --out_dir "$OUT/pnr" "$@"
 echo
-PYTHONPATH=$ROOT "$PYTHON" -m utils.compare "$OUT/finetune" "$OUT/pnr"
+PYTHONPATH=$ROOT "$PYTHON" -m utils.report "$OUT/finetune" "$OUT/pnr" --text
 echo "to watch them: $PYTHON -m tensorboard.main --logdir $OUT"
 [ "$PYTHON" != "$ROOT/.venv/bin/python" ] || echo "for further commands: source $ROOT/.venv/bin/activate"

@@ -271,6 +271,8 @@ def find_dataset(args):
         raise UserError(f"--domain_order {' '.join(order)} names a domain twice")
     train, test = (globals()[args.dataset](split, args) for split in ("train", "test"))
     if args.val_split:
+        if args.probe_data_dir:
+            raise UserError("--val_split, --probe_data_dir: both say what to test on: leave one of them out")
         if test is not None or (train.labels < 0).any():
             need = "for a folder with labels and without test/ or val/"
             raise UserError(f"--val_split {args.val_split:g}: {need}; leave it out")
@@ -302,17 +304,23 @@ def split_off(images, share, seed):
     """Two ImageSets, the second with a random share of each class (of each domain). Raises UserError where it
     would take no image of a class, or all of them."""
     groups = images.labels if images.domains is None else images.labels + len(images.classes) * images.domains
-    order, taken = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)), []
-    for group in groups.unique():
+    taken, none = share_of_each(groups, share, seed)
+    left = torch.ones(len(groups), dtype=torch.bool).index_fill_(0, taken, False).nonzero()[:, 0]
+    if none := none + [group for group in groups.unique().tolist() if group not in groups[left]]:
+        name = images.classes[none[0] % len(images.classes)]
+        raise UserError(f"--val_split {share:g} takes none or all of the images of {name}")
+    return images.subset(left), images.subset(taken)
+
+
+def share_of_each(groups, share, seed):
+    """Ascending int64 indices of a random share of each group, and the groups that it holds none of. groups:
+    int64 [N], -1 for none."""
+    order, taken, none = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)), [], []
+    for group in groups[groups >= 0].unique().tolist():
         members = order[groups[order] == group]
         taken.append(members[: round(share * len(members))])
-        if not 0 < len(taken[-1]) < len(members):
-            name = images.classes[int(group) % len(images.classes)]
-            raise UserError(
-                f"--val_split {share:g} takes {len(taken[-1])} of the {len(members)} images of {name}"
-            )
-    mask = torch.zeros(len(groups), dtype=torch.bool).index_fill_(0, torch.cat(taken), True)
-    return tuple(images.subset(part.nonzero()[:, 0]) for part in (~mask, mask))
+        none += [] if len(taken[-1]) else [group]
+    return torch.cat(taken).sort().values, none
 
 
 def load_dataset(args):

@@ -23,7 +23,9 @@ def test_metrics_by_hand():
     assert metrics.knowledge_gain(MATRIX) == ((90 - 20) + (95 - 40)) / 2
     # after task 0: (20 - 50 + 30 - 60) / 2 = -30; after task 1: 40 - 60 = -20
     assert metrics.plasticity(MATRIX, [40.0, 50.0, 60.0]) == -25
-    assert metrics.consolidation([[1.0, 2.0], [50.0, 70.0]]) == 60 and metrics.consolidation(None) is None
+    assert metrics.summary(MATRIX, 3, "words", part="k20 task_level")["consolidation"] == 80
+    alone = metrics.summary(MATRIX, 3, "words", alone=True)  # networks of their own forget nothing
+    assert alone["learning_accuracy"] > 0 and alone["forgetting"] is alone["knowledge_gain"] is None
     # a task that gets better after it was learned was never forgotten, but counts as no less than nothing
     assert metrics.forgetting([[50.0, 0.0], [60.0, 70.0]]) == 0
 
@@ -34,10 +36,10 @@ def test_task_rows_by_hand():
         [[0.35, 0.4, 0.05, 0.2], [0.1, 0.4, 0.3, 0.2], [0.3, 0.2, 0.1, 0.4], [0.0, 0.5, 0.3, 0.2]]
     )
     tasks = SimpleNamespace(names=[[0, 3], [1, 2]], test=[torch.tensor([0, 2]), torch.tensor([1, 3])])
-    masked, level = evaluate.task_rows(scores, torch.tensor([0, 1, 0, 2]), tasks)
+    masked, level = evaluate.task_rows(scores, torch.tensor([0, 1, 0, 2]), tasks, scores)
     assert masked == [50.0, 50.0] and level == [100.0, 100.0]
     tasks.test = [torch.tensor([1, 2]), torch.tensor([0, 3])]
-    assert evaluate.task_rows(scores, torch.tensor([1, 0, 0, -1]), tasks)[1] == [50.0, 0.0]
+    assert evaluate.task_rows(scores, torch.tensor([1, 0, 0, -1]), tasks, scores)[1] == [50.0, 0.0]
 
 
 def test_clustering():

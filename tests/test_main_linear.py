@@ -6,13 +6,13 @@ import shutil
 import pytest
 import torch
 import trees
-from conftest import TINY, fails, run, same, tiny
+from conftest import CPU, TINY, arguments, fails, run, same, settled, tiny
 
 import main_linear
+from data.datasets import load_dataset
 from models.learner import Learner
 from models.resnet import build_backbone
 from utils import evaluate, metrics
-from utils.compare import compare
 
 FINETUNE = f"{TINY} --num_tasks 2 --regularizer finetune"
 
@@ -50,6 +50,7 @@ def test_numbers_stand_beside_each_other(folder, capsys):
     trained = trees.results(folder)
     found = linear(folder, "--protocol knn")
     assert found[""]["matrix"] == trained["matrix"] != found["k20"]["matrix"]
+    assert found[""]["forward_transfer"] == trained["forward_transfer"]
     assert "k 200" in found[""]["protocol"] and "k 20 " in found["k20"]["protocol"]
     flags = ["", "--probe_lr 0.5", "--probe_views augmented", "--label_fraction 0.1", "--normalize 0 1"]
     flags += ["--probe_momentum 0.9"]
@@ -59,12 +60,18 @@ def test_numbers_stand_beside_each_other(folder, capsys):
     alone = linear(folder, f"--probe_lr {sweep['probe_lr'][1]} --probe_momentum 0.5")[""]
     assert sweep["matrix"][1] == alone["matrix"][1]
     assert linear(folder) == {}  # the same command writes the same numbers again
-    assert len(compare([folder]).splitlines()) == 1 + 2 + 8
-    for flag in ("--num_tasks 10", "--dataset cifar10", "--normalize 1 0", "--normalize some"):
+    assert len(trees.results(folder)) == len(trained) + 2 + 8
+    for flag in (
+        "--num_tasks 10",
+        "--dataset cifar10",
+        "--scenario data",
+        "--normalize 1 0",
+        "--normalize nan 1",
+    ):
         fails(capsys, f"--run {folder} --protocol knn {flag}", flag.split()[0], script=main_linear)
 
 
-def test_transfer(finished, folder, capsys):
+def test_transfer(finished, folder, tmp_path, capsys):
     """One number for each network; the same images give the same number whatever they are called, since the
     run's normalisation is used, unless another is asked for."""
     rows = {}
@@ -77,20 +84,29 @@ def test_transfer(finished, folder, capsys):
             rows[name, how] = found["rows"]
     assert [len(row) for row in rows["cifar10", "run"]] == [1, 1]
     assert all(rows["cifar10", how] == rows["cifar100", how] for how in ("run", "dataset", "0.5 0.25"))
-    two = linear(
-        folder,
-        f"--protocol knn --transfer {finished / 'cifar'} --workers 0 --probe_data_dir {finished}/cifar",
-    )
-    assert len(two) == 2 and str(finished) in two[""]["settings"]["dataset"]
+    found = linear(folder, f"--protocol knn --probe_data_dir {finished / 'cifar'} --workers 0")
+    assert len(found) == 2 and found[""]["settings"]["dataset"] == f"folder:{finished / 'cifar'}"
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "train").symlink_to(finished / "cifar" / "train")
+    found = linear(folder, f"--protocol knn --transfer {tmp_path / 'alone'} --val_split 0.25 --workers 0")
+    assert found[""]["settings"]["val_split"] == 0.25
     fails(capsys, f"--run {folder} --transfer cifar11", "cifar11", script=main_linear)
 
 
 def test_labels(folder, capsys):
-    """The share of each class, the same for every network, and saved; no class goes without."""
+    """The share of each class, the same for every network and each time, and saved; no class goes without."""
     linear(folder, "--protocol knn --label_fraction 0.1")
-    drawn = json.loads((folder / "labels_digits_0.1.json").read_text())
-    assert len(drawn) == len(set(drawn)) and 135 < len(drawn) < 150
-    fails(capsys, f"--run {folder} --label_fraction 0.001", "--label_fraction", script=main_linear)
+    (file,) = folder.glob("labels*.json")
+    drawn = json.loads(file.read_text())
+    labels = load_dataset(arguments())[0].labels
+    counts = torch.bincount(labels).mul(0.1).round().long()
+    assert sorted(set(drawn)) == drawn and torch.equal(torch.bincount(labels[drawn]), counts)
+    file.unlink()
+    assert (
+        linear(folder, "--protocol knn --label_fraction 0.1") == {} and json.loads(file.read_text()) == drawn
+    )
+    for flags in ("--label_fraction 0.001", "--label_fraction 0.1 --protocol clustering"):
+        fails(capsys, f"--run {folder} {flags}", "--label_fraction", script=main_linear)
 
 
 def test_task_masked(folder, capsys):
@@ -101,12 +117,23 @@ def test_task_masked(folder, capsys):
     for own, masked in zip(found[""]["matrix"], found["task_masked"]["matrix"]):
         assert all(a <= b for a, b in zip(own, masked))
     last = found["task_level"]["matrix"][-1]
-    assert found[""]["consolidation"] == sum(last) / 2 and found["task_level"]["consolidation"] is None
+    assert found["task_level"]["consolidation"] == sum(last) / 2 and found[""]["consolidation"] is None
+    network = torch.load(folder / "task1.pt")["backbone"]
+    backbone = build_backbone("resnet10", 4, "cifar")
+    backbone.load_state_dict(network)
+    args, (_, probe, test, tasks) = settled("--num_tasks 2")
+    extract = evaluate.features_of(args, CPU, backbone)
+    (x, y), (queries, truth) = extract(probe), extract(test)
+    own = torch.isin(y, torch.tensor(tasks.names[0]))  # a k-NN that knows the first task alone
+    (votes,) = evaluate.knn(x[own], y[own], queries[tasks.test[0]], 10)
+    right = (votes.argmax(1) == truth[tasks.test[0]]).double().mean()
+    assert found["task_masked"]["matrix"][1][0] == round(100 * float(right), 4)
     assert (
         "k 20 " in found["k20 task_masked"]["protocol"]
         and "task-masked" in found["k20 task_masked"]["protocol"]
     )
-    fails(capsys, f"--run {folder} --task_masked --scenario data", "--task_masked", script=main_linear)
+    flags = f"--checkpoint {folder / 'task1.pt'} --task_masked --scenario data"
+    fails(capsys, flags, "--task_masked", script=main_linear)
 
 
 def test_clustering(tmp_path, monkeypatch):
@@ -115,8 +142,10 @@ def test_clustering(tmp_path, monkeypatch):
     assert run(f"{call} --out_dir {tmp_path / 'run'}") == 0
     (tmp_path / "run" / "results.json").write_text("{}")
     found = linear(tmp_path / "run", "--protocol clustering")
-    assert {"nmi", "ari", "accuracy", "codes_nmi", "codes_ari", "codes_accuracy"} == set(found)
-    assert all(0 <= value <= 100 for block in found.values() for (value,) in block["rows"])
+    names = ["nmi", "ari", "accuracy", "codes_nmi", "codes_ari", "codes_accuracy"]
+    assert set(found) == {""} and "FALCON's codes" in found[""]["protocol"]
+    assert all(len(found[""][name]) == 2 and 0 <= min(found[""][name]) <= 100 for name in names)
+    assert len({found[""][name][1] for name in names}) == 6
 
 
 def test_one_network(finished, folder, tmp_path, capsys):
@@ -183,4 +212,7 @@ def test_plasticity(folder, tmp_path, capsys, monkeypatch):
     assert run(f"{FINETUNE} --reference {tmp_path / 'alone'} --out_dir {tmp_path / 'again'}") == 0
     assert trees.results(tmp_path / "again")["plasticity"] == pytest.approx(expected)
     fails(capsys, f"{FINETUNE} --reference {folder} --out_dir {tmp_path / 'x'}", "--reference")
+    for changed in ("--seed 6", "--epochs 1"):
+        flags = f"{FINETUNE} {changed} --reference {tmp_path / 'alone'} --out_dir {tmp_path / 'x'}"
+        fails(capsys, flags, changed.split()[0])
     fails(capsys, f"{TINY} --single_tasks --out_dir {tmp_path / 'x'}", "--single_tasks")

@@ -224,5 +224,7 @@ def test_export(tmp_path, stem):
                 found = {}
                 exec("\n".join(lines).replace("network.", f"{tmp_path}/network."), found)
                 torch.testing.assert_close(found["model"].eval()(x), backbone(x), rtol=0, atol=1e-6)
-    with pytest.raises(UserError, match="onnx"):
-        export.main(export.parse_arguments([str(tmp_path), "--out", str(tmp_path / "network.onnx")]))
+    for name, words in (("network.onnx", "onnx"), ("network.pt", "is there already")):
+        with pytest.raises(UserError, match=words):
+            export.main(export.parse_arguments([str(tmp_path), "--task", "1", "--out", str(tmp_path / name)]))
+    assert export.parse_arguments(["x", "--task", "0", "--out", "y"]).task == 0

@@ -4,9 +4,10 @@ import argparse
 import difflib
 import os
 import re
+from pathlib import Path
 
 SECONDS = {"s": 1, "m": 60, "h": 3600}
-FROM_ZERO = ("seed", "workers")  # integers; all others are from 1
+FROM_ZERO = ("seed", "workers", "task")  # integers; all others are from 1
 AT_MOST_ONE = ("_p", "_scale", "_ema", "_fraction", "_momentum", "_split")  # endings of names
 # 0 would switch all off
 ABOVE_ZERO = ("lr", "_tau", "tau_distill", "_loss", "_epsilon", "_fraction", "_scale", "_split")
@@ -48,6 +49,10 @@ class Parser(argparse.ArgumentParser):
         if not low <= value <= high or (above and value == 0):
             limit = f" to {high:g}" if high < 2**62 else ""
             self.error(f"--{name} {value}: choose a number {'above' if above else 'from'} {low}{limit}")
+
+    def check_folder_of(self, name, path):
+        if path and not Path(path).absolute().parent.is_dir():
+            self.error(f"--{name} {path}: there is no such folder")
 
     def nearest(self, flag, cutoff=0.6):
         known = re.findall(r"--\w+", self.format_usage())

@@ -132,8 +132,9 @@ def read_network(path):
         return {**content, "config": config if isinstance(config, dict) else None, "left_out": set()}
     content = next((content[k] for k in ("state_dict", "model") if isinstance(content.get(k), dict)), content)
     tensors = {str(k).removeprefix("module."): v for k, v in content.items() if torch.is_tensor(v)}
+    unknown = f"{path} has no known layout ({KNOWN}): it begins with"
     if not tensors:
-        raise UserError(f"{path} holds no network: expected a state_dict of tensors")
+        raise UserError(f"{unknown} {', '.join(map(str, [*content][:3])) or 'nothing'}")
     renames = next(table for mark, table in LAYOUTS.items() if any(k.startswith(mark) for k in tensors))
     backbone, heads, left_out = {}, {}, set()
     for key, value in tensors.items():
@@ -146,7 +147,7 @@ def read_network(path):
         else:
             heads[renames[prefix] + key.removeprefix(prefix)] = value
     if "conv1.weight" not in backbone:
-        raise UserError(f"{path} has no known layout ({KNOWN}): it begins with {', '.join([*tensors][:3])}")
+        raise UserError(f"{unknown} {', '.join([*tensors][:3])}")
     return {"backbone": backbone, "heads": heads, "config": None, "left_out": left_out}
 
 
@@ -156,11 +157,13 @@ def architecture(backbone, path):
     stages = [{key.split(".")[1] for key in backbone if key.startswith(f"layer{n}.")} for n in (1, 2, 3, 4)]
     block = "Bottleneck" if "layer1.0.conv3.weight" in backbone else "BasicBlock"
     layers = (block, tuple(map(len, stages)))
-    width, _, side, _ = backbone["conv1.weight"].shape
+    first = tuple(backbone["conv1.weight"].shape)
+    stem = {(3, 3, 3): "cifar", (3, 7, 7): "imagenet"}.get(first[1:])
     for name, known in BACKBONES.items():
-        if known == layers:
-            return {"backbone": name, "width": width, "stem": "cifar" if side == 3 else "imagenet"}
-    raise UserError(f"{path} holds {block}s {layers[1]}: no backbone of {', '.join(BACKBONES)}")
+        if known == layers and stem is not None:
+            return {"backbone": name, "width": first[0], "stem": stem}
+    words = f"{block}s {layers[1]} with a first convolution {first}"
+    raise UserError(f"{path} holds {words}: no backbone of {', '.join(BACKBONES)}, or no known stem")
 
 
 def load_strictly(module, state, path, what):
@@ -185,11 +188,14 @@ def load_method(method, path, what, tasks, online=None):
     state = {f"backbone.{k}": v for k, v in network["backbone"].items()} | network["heads"]
     classifier = {k: state.pop(k) for k in list(state) if k.startswith("classifier.")}
     classifier = network["online"] if isinstance(network.get("online"), dict) else classifier
-    pretrained = not any(k.startswith("projector.") for k in state)  # weights, but no first task of this kind
     if network["config"] is None and (flags := architecture(network["backbone"], path)):
         flags = " ".join(f"--{name} {value}" for name, value in flags.items())
         if flags not in what:
             raise UserError(f"{path} is a checkpoint of another architecture than {what}: pass {flags}")
+    projector = {k for k in state if k.startswith("projector.")}
+    pretrained = network["config"] is None and projector != {
+        k for k in method.state_dict() if k.startswith("projector.")
+    }
     if online is not None and not classifier and not pretrained:
         advice = "train the first task with --online_probe, too, or pass --online_probe off"
         raise UserError(f"--online_probe: {path} holds no classifier that could go on: {advice}")
@@ -222,7 +228,7 @@ def fit(state, own):
     dropped, needed = set() if rows is None and pointer is None else {"queue"}, ("backbone.", "projector.")
     if {k for k in state if k.startswith("projector.")} != {k for k in own if k.startswith("projector.")}:
         needed = ("backbone.",)
-        for key in [key for key in state if "projector." in key]:
+        for key in [key for key in state if key.startswith(("projector.", "momentum_encoder."))]:
             del state[key]
             dropped.add(key.split(".")[0])
     if rows is not None and rows.dim() == 3 and pointer is not None and pointer.numel() == 1:

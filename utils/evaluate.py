@@ -130,15 +130,20 @@ def choose_lr(features, part, num_classes, momentum, seed, process=ALONE):
 
 
 @torch.no_grad()
-def knn(train_x, train_y, test_x, num_classes, ks=(KNN_K,), temperature=KNN_TEMPERATURE, process=ALONE):
+def knn(train_x, train_y, test_x, num_classes, ks=(KNN_K,), temperature=KNN_TEMPERATURE, process=ALONE,
+        groups=None):  # fmt: skip
     """For each k of ks the votes float [M, C] of the weighted nearest neighbours: the k of largest cosine
     vote with e^(cosine / temperature). Each rank gives its own share of the training and of the test
-    features; the training features are gathered. Source: Wu et al. (CVPR 2018)."""
+    features; the training features are gathered. groups: int64 [N] and [M], where neighbours are to be of the
+    same group. Source: Wu et al. (CVPR 2018)."""
     bank, train_y = F.normalize(process.gather(train_x), dim=1), process.gather(train_y)
+    owner = None if groups is None else process.gather(groups[0])
     votes = [test_x.new_zeros(len(test_x), num_classes) for _ in ks]
     for start in range(0, len(test_x), KNN_CHUNK):
         rows = slice(start, start + KNN_CHUNK)
         similarity = F.normalize(test_x[rows], dim=1) @ bank.T
+        if groups is not None:
+            similarity.masked_fill_(owner != groups[1][rows].unsqueeze(1), -torch.inf)
         cosine, index = similarity.topk(min(max(ks), len(bank)), dim=1)  # chunk x k
         weight = ((cosine - cosine[:, :1]) / temperature).exp()  # relative to the nearest, lest it overflow
         for k, found in zip(ks, votes):
@@ -175,11 +180,17 @@ def accuracy_rows(args, process, extract, probe, tested, tasks, ks=(KNN_K,), tas
         found = knn(x[known], y[known], tested[0], count, ks, process=process)
     joint, *others = map(process.gather, found)
     scores, rows = {"": joint} | ({} if linear else {f"k{k}": x for k, x in zip(ks[1:], others)}), {}
-    for name, x in scores.items():
-        rows[name] = accuracy_row(x.argmax(dim=1), labels, tasks.test)
+    masked = scores
+    if task_masked and not linear:  # the neighbours, too, are of the task
+        owner = owners(tasks, y.device)
+        groups = owner[y[known]], torch.where(tested[1] >= 0, owner[tested[1]], -1)
+        found = knn(x[known], y[known], tested[0], count, ks, process=process, groups=groups)
+        masked = dict(zip(scores, map(process.gather, found)))
+    for name, values in scores.items():
+        rows[name] = accuracy_row(values.argmax(dim=1), labels, tasks.test)
         if task_masked:
             names = (f"{name} {kind}".strip() for kind in ("task_masked", "task_level"))
-            rows |= zip(names, task_rows(x, labels, tasks))
+            rows |= zip(names, task_rows(values, labels, tasks, masked[name]))
     if linear and others:
         own = zip(others, tasks.test)
         rows["linear_per_domain"] = [accuracy_row(x.argmax(dim=1), labels, [part])[0] for x, part in own]
@@ -188,15 +199,20 @@ def accuracy_rows(args, process, extract, probe, tested, tasks, ks=(KNN_K,), tas
     return rows
 
 
-def task_rows(scores, labels, tasks):
-    """The rows of task-incremental and of task-level accuracy from scores [M, C] over all classes."""
-    owner = torch.empty(scores.shape[1], dtype=torch.int64, device=scores.device)  # the task of each class
-    for task, classes in enumerate(tasks.names):
-        owner[classes] = task
+def owners(tasks, device):
+    """The task of each class: int64 [C]."""
+    pairs = sorted((c, task) for task, classes in enumerate(tasks.names) for c in classes)
+    return torch.tensor([task for _, task in pairs], device=device)
+
+
+def task_rows(scores, labels, tasks, masked):
+    """The rows of task-incremental and of task-level accuracy from scores [M, C] over all classes. masked:
+    the scores from which the task's own classes are read for the first."""
+    owner = owners(tasks, scores.device)
     task_of = torch.where(labels >= 0, owner[labels], -1)
-    masked = scores.masked_fill(owner != task_of.unsqueeze(1), -torch.inf).argmax(dim=1)
+    found = masked.masked_fill(owner != task_of.unsqueeze(1), -torch.inf).argmax(dim=1)
     sums = scores.new_zeros(len(scores), len(tasks.names)).index_add_(1, owner, scores)
-    return accuracy_row(masked, labels, tasks.test), accuracy_row(sums.argmax(dim=1), task_of, tasks.test)
+    return accuracy_row(found, labels, tasks.test), accuracy_row(sums.argmax(dim=1), task_of, tasks.test)
 
 
 def clustering(features, labels, num_clusters, seed, codes=None):
@@ -232,21 +248,24 @@ def protocol_name(args, name=""):
         how = f"learns beside the network, lr {args.online_lr:g}, on all labelled images in view 2's "
         how += f"augmentation, which pass through the network in {modes[args.online_probe]}"
         return f"online linear probe ({args.online_probe}): {how}; {joint}; {images}"
+    linear = args.eval == "linear"
     k, kind = (name[1:].partition(" ")[::2]) if name.startswith("k") else (KNN_K, name)
     name, joint = {
-        "task_masked": (", task-masked", f"{joint}, of which the task's own at test"),
+        "task_masked": (", task-masked", "at test among the task's own classes" + linear * f" of {joint}"),
         "task_level": (", task level", f"{joint}, whose scores are summed for each task"),
         "linear_per_domain": (", per domain", f"{joint} for each domain, which learns from its images"),
     }.get(kind, ("", joint))
     if args.eval == "clustering":
-        return f"clustering: k-means, as many clusters as classes, on the test features; {images}"
+        how = "k-means, as many clusters as classes, on the test features (codes_: FALCON's codes instead)"
+        return f"clustering: {how}; accuracy of the best match of clusters and classes; {images}"
     if args.eval == "knn":
         return f"k-NN{name}: cosine, k {k} or all if fewer, temperature {KNN_TEMPERATURE}; {joint}; {images}"
     crops = "random resized crop (0.08-1) and flip anew each epoch"
     views = crops if args.probe_views == "augmented" else "no augmentation"
     lr = f"lr {args.probe_lr}"
     if args.probe_lr == "sweep":
-        lr = f"lr of {SWEEP} chosen for each network on a held-out tenth of the training data"
+        lr = f"lr of {SWEEP} chosen for each network on a held-out tenth of the training data (in float32, "
+        lr += "half the epochs)"
     sgd = f"SGD in float64, {lr}, momentum {args.probe_momentum:g}, {PROBE_EPOCHS} epochs, "
     sgd += f"batch {PROBE_BATCH}, lr x 0.1 at epochs 60 and 80"
     return f"offline linear probe{name}: {sgd}; {joint}; frozen network, {views}; {images}"
@@ -265,6 +284,6 @@ def blocks(args, run):
     found = {}
     for name, matrix in run.matrices.items():
         words, random_row = protocol_name(args, name), run.random_rows.get(name)
-        single_task = args.reference and reference_row(args.reference, name, words)
-        found[name] = summary(matrix, args.num_tasks, words, random_row, single_task)
+        single_task = args.reference and reference_row(args.reference, name, words, vars(args))
+        found[name] = summary(matrix, args.num_tasks, words, random_row, single_task, args.single_tasks)
     return found

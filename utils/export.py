@@ -30,7 +30,9 @@ def parse_arguments(argv=None):
     parser.add_argument(
         "--out", metavar="FILE", required=True, help="a file that ends in .pt or .safetensors"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    parser.check_folder_of("out", args.out)
+    return args
 
 
 def main(args):
@@ -39,10 +41,13 @@ def main(args):
 
     config, path = read_config(args.run), Path(args.out)
     task = config["num_tasks"] - 1 if args.task is None else args.task
+    if path.exists():
+        raise UserError(f"--out {path} is there already: choose another name")
     if path.suffix not in LOADING:
         raise UserError(f"--out {path}: choose a name that ends in {' or '.join(LOADING)}")
     network = checkpoint.read_network(Path(args.run) / f"task{task}.pt")
     config, state = network["config"], {k: v.contiguous() for k, v in network["backbone"].items()}
+    content = card(args.run, config, task, network["tasks"], path)
     if path.suffix == ".pt":
         checkpoint.save(path, state)
     else:
@@ -53,7 +58,7 @@ def main(args):
                 "--out: .safetensors needs the package safetensors: install it, or use .pt"
             ) from error
         save_file(state, path)
-    write_json(path.with_suffix(path.suffix + ".json"), card(args.run, config, task, network["tasks"], path))
+    write_json(path.with_suffix(path.suffix + ".json"), content)
     print(f"{path}: {config['backbone']} after task {task} of {args.run}; see {path}.json")
 
 
@@ -61,9 +66,9 @@ def card(run, config, task, names, path):
     """What a reader of the file has to know, as a dict."""
 
     def names_of(keys):
-        return {key: config[key] for key in keys.split()}
+        return {key: config.get(key) for key in keys.split()}
 
-    mean, std = config["normalize"]
+    mean, std = config.get("normalize", (None, None))
     results_path = Path(run) / "results.json"
     results = json.loads(results_path.read_text()) if results_path.exists() else {}
     blocks = [
@@ -79,7 +84,7 @@ def card(run, config, task, names, path):
     return {
         "architecture": names_of("backbone width stem"),
         "training": names_of(
-            "method regularizer dataset scenario num_tasks seed epochs batch_size lr optimizer"
+            "method regularizer dataset scenario num_tasks seed epochs batch_size lr optimizer single_tasks"
         ),
         "task": task,
         "tasks": names[: task + 1],

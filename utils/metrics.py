@@ -6,6 +6,8 @@ from pathlib import Path
 
 from utils import UserError
 
+SAME = "dataset scenario num_tasks seed method backbone width stem image_size epochs batch_size".split()
+
 SCORES = {  # what results.json holds of a matrix, and what it is called in a line of text
     "average_accuracy": "A_T",
     "average_incremental_accuracy": "average incremental",
@@ -56,13 +58,6 @@ def knowledge_gain(matrix):
     return sum(matrix[k][k] - matrix[k - 1][k] for k in range(1, last + 1)) / last if last else None
 
 
-def consolidation(task_level):
-    """Mean over k of the last row of a matrix of task-level accuracies: how often the last network finds the
-    task that an image is of (argmax over t of p(t | x)); None without it. Source: Zhang et al., Osiris
-    (CoLLAs 2024)."""
-    return None if task_level is None else average_accuracy(task_level)
-
-
 def plasticity(matrix, single_task):
     """1/(T-1) sum over j < T of 1/(T-j) sum over k > j of (a[k][j] - FT_k), FT: accuracies of models trained
     on one task each; None without them, or for one task."""
@@ -73,28 +68,33 @@ def plasticity(matrix, single_task):
     return sum(sum(gaps) / len(gaps) for gaps in later) / (count - 1)
 
 
-def reference_row(folder, name, protocol):
+def reference_row(folder, name, protocol, config):
     """FT of plasticity: the accuracy on each task after training on it alone, from the results.json of a run
-    of single tasks, block `name`. Raises UserError where there is none by this protocol, in words."""
+    of single tasks, block `name`. Raises UserError where there is none by this protocol, in words, or where
+    its settings are others than config, a run's arguments."""
     folder = Path(folder)
     try:
-        alone = json.loads((folder / "config.json").read_text())["arguments"]["single_tasks"]
+        alone = json.loads((folder / "config.json").read_text())["arguments"]
+        other = [x for x in SAME if alone[x] != config[x]] + ["single_tasks"] * (not alone["single_tasks"])
         results = json.loads((folder / "results.json").read_text())
         block = results[name] if name else results
-        row = [block["matrix"][k][k] for k in range(block["tasks"])]
+        row, words = [block["matrix"][k][k] for k in range(block["tasks"])], block["protocol"]
     except (OSError, ValueError, LookupError, TypeError):
-        alone = False
-    if not alone or block["protocol"] != protocol:
+        other, words = (), None
+    if other:
+        raise UserError(f"--reference {folder} differs in --{', --'.join(other)}")
+    if words != protocol:
         need = f"is no finished run of main_cssl.py --single_tasks with numbers by this protocol: {protocol}"
         raise UserError(f"--reference {folder} {need}")
     return row
 
 
-def summary(matrix, num_tasks, protocol, random_row=None, single_task=None, task_level=None):
+def summary(matrix, num_tasks, protocol, random_row=None, single_task=None, alone=False, part=""):
     """The block of results.json: averages are of the tasks seen so far; what cannot be known yet is None.
-    single_task: FT of plasticity; task_level: see `consolidation`."""
+    single_task: FT of plasticity; alone: each row is of a network of its own, trained on one task, which
+    forgets nothing; part: "task_level" if the matrix is that of consolidation."""
     seen = [row[: len(matrix)] for row in matrix]
-    return {
+    block = {
         "matrix": matrix,
         "average_accuracy": average_accuracy(seen),
         "average_incremental_accuracy": average_incremental_accuracy(seen),
@@ -103,11 +103,16 @@ def summary(matrix, num_tasks, protocol, random_row=None, single_task=None, task
         "forward_transfer": forward_transfer(seen, random_row),
         "knowledge_gain": knowledge_gain(seen),
         "plasticity": plasticity(seen, single_task),
-        "consolidation": consolidation(task_level),
+        "consolidation": average_accuracy(seen) if part.endswith("task_level") else None,
         "random_backbone": random_row,
         "protocol": protocol,
         "tasks": num_tasks,
     }
+    if alone:
+        block |= dict.fromkeys(
+            ("average_incremental_accuracy", "forgetting", "forward_transfer", "knowledge_gain")
+        )
+    return block
 
 
 def format_matrix(matrix):

@@ -1,28 +1,83 @@
-"""The figures of a run."""
+"""The figures of a run, and of several."""
+
+import base64
+import io
+import math
 
 from matplotlib.figure import Figure
 
 
-def plot_matrix(matrix, title, names=None):
-    """The accuracy matrix as a matplotlib figure: annotated cells; bold: the task just trained, italic: tasks
-    still to come; names: of the tasks, where they have any."""
-    tasks, rows = len(matrix[0]), len(matrix)
-    figure = Figure(figsize=(2.2 + 0.75 * tasks, 1.9 + 0.6 * rows), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(matrix, cmap="viridis", aspect="auto")
-    middle = sum(image.get_clim()) / 2
+def draw_matrix(axes, matrix, title, low, high, names=None):
+    """The accuracy matrix in annotated cells: bold: the task just trained, italic: tasks still to come."""
+    image = axes.imshow(matrix, cmap="viridis", aspect="auto", vmin=low, vmax=high)
     for t, row in enumerate(matrix):
         for k, value in enumerate(row):
             style = {"fontweight": "bold"} if k == t else {"fontstyle": "italic"} if k > t else {}
-            style |= {"ha": "center", "va": "center", "color": "black" if value > middle else "white"}
-            axes.text(k, t, f"{value:.1f}", **style)
-    axes.set(xticks=range(tasks), yticks=range(rows))
+            style |= {
+                "ha": "center",
+                "va": "center",
+                "color": "black" if value > (low + high) / 2 else "white",
+            }
+            axes.text(k, t, f"{value:.1f}", fontsize=9, **style)
+    axes.set(xticks=range(len(matrix[0])), yticks=range(len(matrix)))
     axes.set(xlabel="accuracy on task (%)", ylabel="after training task")
     if names:
-        axes.set_xticks(range(tasks), names, rotation=30, ha="right")
-        axes.set_yticks(range(rows), names[:rows])
+        axes.set_xticks(range(len(matrix[0])), names, rotation=30, ha="right")
+        axes.set_yticks(range(len(matrix)), names[: len(matrix)])
     axes.set_title(title, fontsize=9)
-    figure.colorbar(image, ax=axes)
+    return image
+
+
+def plot_matrix(matrix, title, names=None):
+    """The accuracy matrix of one run as a matplotlib figure; names: of the tasks, where they have any."""
+    tasks, rows = len(matrix[0]), len(matrix)
+    figure = Figure(figsize=(2.2 + 0.75 * tasks, 1.9 + 0.6 * rows), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    values = [value for row in matrix for value in row]
+    figure.colorbar(draw_matrix(axes, matrix, title, min(values), max(values), names), ax=axes)
+    return figure
+
+
+def plot_matrices(matrices):
+    """Matrices by name, side by side, on one colour scale."""
+    columns = min(3, len(matrices))
+    rows, tasks = math.ceil(len(matrices) / columns), max(len(m[0]) for m in matrices.values())
+    size = (columns * (1.2 + 0.45 * tasks) + 1, rows * (1.2 + 0.35 * tasks))
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    values = [value for matrix in matrices.values() for row in matrix for value in row]
+    every = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (name, matrix) in zip(every, matrices.items()):
+        image = draw_matrix(axes, matrix, name, min(values), max(values))
+    for axes in every[len(matrices) :]:
+        axes.set_axis_off()
+    figure.colorbar(image, ax=list(every), shrink=0.8)
+    return figure
+
+
+def mean_matrix(matrices):
+    return [[sum(cell) / len(cell) for cell in zip(*rows)] for rows in zip(*matrices)]
+
+
+def plot_curves(curves, x_label, y_label):
+    """curves: {name: (x, y)}."""
+    figure = Figure(figsize=(8, 4), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    for number, (name, (x, y)) in enumerate(curves.items()):
+        style = ("-", "--", ":", "-.")[number // 10 % 4]
+        axes.plot(x, y, style, label=name, marker="o" if len(x) < 20 else None, markersize=3)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def plot_points(points, x_label, y_label):
+    """points: {name: [(x, y), ...]}."""
+    figure = Figure(figsize=(6, 4), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    for name, pairs in points.items():
+        axes.plot(*zip(*pairs), "o", label=name) if pairs else None
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.legend(fontsize=7)
     return figure
 
 
@@ -33,3 +88,10 @@ def plot_spectrum(values):
     axes.plot(values.clamp(min=1e-12).log10().tolist())
     axes.set(xlabel="index", ylabel="log10 singular value of the features")
     return figure
+
+
+def as_png(figure):
+    """A data: URL."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

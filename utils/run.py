@@ -44,13 +44,21 @@ def read_config(folder):
         raise UserError(f"{folder} is not a run folder: its config.json is missing or damaged") from error
 
 
+def read_results(path):
+    """What a results.json holds; {} where there is none. Raises UserError if it is damaged or another
+    file."""
+    try:
+        found = json.loads(Path(path).read_text()) if path else {}
+        return {**found}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} holds no results, or is damaged: move it away") from error
+
+
 def write_results(path, blocks):
     """Puts the blocks into a results.json; what is there under other names stays."""
-    try:
-        present = json.loads(Path(path).read_text())
-    except (FileNotFoundError, ValueError):
-        present = {}
-    write_json(Path(path), {**present, **blocks})
+    write_json(Path(path), {**read_results(path), **blocks})
 
 
 def environment():

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# A table of the papers: runs what is missing of it, goes on after an interruption, and ends in the report.
+#   bash run_table.sh cifar100|imagenet100|domainnet|ablation|queue [SEED ...]        default seeds: 5 6 7
+#   METHODS="moco byol" REGULARIZERS="finetune cassle pnr joint"   what to cross (all)
+#     ablation (MoCo, BYOL; PNR): pseudo-negatives in main, reg, both, none; lambda_neg; teacher_bn.  queue (MoCo; PNR): SIZES
+#   RUNS=DIR   where the run folders lie (runs/TABLE); the report goes to RUNS/report
+#   DATA, GPUS, TASKS, SCENARIO, PYTHON   as for the run scripts; FLAGS="..."  further flags of main_cssl.py for every run
+#   SMOKE=1    all of it on tiny digits, in minutes
+# A method's first task is trained once for each seed, by fine-tuning; the others start from it. A cell that fails is named at the
+# end, with status 1; the same command tries it again.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/scripts/python.sh"
+need torch || fail "no python with PyTorch: activate an environment that has it, or let bash run_quickstart.sh make .venv"
+TABLE=${1:-}
+case $TABLE in
+  cifar100|imagenet100|domainnet) SCRIPT=run_$TABLE.sh ;;
+  ablation)                       SCRIPT=run_cifar100.sh METHODS=${METHODS:-moco byol} ;;
+  queue)                          SCRIPT=run_cifar100.sh METHODS=moco ;;
+  *) fail "choose a table: cifar100, imagenet100, domainnet, ablation or queue" ;;
+esac
+shift
+[[ " $* " =~ ^[\ 0-9]*$ ]] || fail "seeds are numbers, not $*"
+SEEDS=${*:-5 6 7} RUNS=${RUNS:-runs/$TABLE} FAILED=()
+read -ra EXTRA <<< "${FLAGS:-}"
+export PYTHON
+
+# cell NAME METHOD REGULARIZER [flags]: one run, unless it has ended well before
+cell() {
+  local name=$1 method=$2 regularizer=$3 status=0 small=()
+  shift 3
+  [ ! -e "$RUNS/$name/.complete" ] || return 0
+  if [ -n "${SMOKE:-}" ]; then
+    read -ra small <<< "$("$PYTHON" -c "import sys; sys.path.insert(0, '$ROOT'); from losses import find; print(find('$method').small)")"
+    small+=(--dataset digits --scenario class --num_tasks "${TASKS:-5}" --backbone resnet10 --width 4 --image_size 8 --epochs 1
+            --batch_size 32 --eval knn --online_probe off --device cpu)
+  fi
+  echo "== $name"
+  OUT=$RUNS/$name bash "$ROOT/$SCRIPT" "$method" "$regularizer" ${small[@]+"${small[@]}"} --seed "$seed" "$@" ${EXTRA[@]+"${EXTRA[@]}"} || status=$?
+  [ "$status" -le 128 ] || exit "$status" # stopped by a signal
+  if [ "$status" -eq 0 ]; then touch "$RUNS/$name/.complete"; else FAILED+=("$name (status $status)"); fi
+}
+
+for seed in $SEEDS; do
+  for method in ${METHODS:-moco simclr byol vicreg barlow falcon}; do
+    id=$method-seed$seed first=(--init_from "$RUNS/finetune-$id/task0.pt")
+    if [ "$TABLE" = queue ]; then # another queue, another first task
+      for size in ${SIZES:-4096 16384 65536}; do cell "pnr-queue$size-$id" "$method" pnr --moco_queue_size "$size"; done
+      continue
+    fi
+    cell "finetune-$id" "$method" finetune
+    if [ "$TABLE" = ablation ]; then
+      cell "pnr-$id" "$method" pnr "${first[@]}"
+      cell "pnr-none-$id" "$method" pnr "${first[@]}" --pnr_pseudo_negatives none
+      cell "pnr-teacher-eval-$id" "$method" pnr "${first[@]}" --teacher_bn eval
+      case $method in
+        moco|simclr) for which in main reg; do cell "pnr-$which-$id" "$method" pnr "${first[@]}" --pnr_pseudo_negatives $which; done ;;
+        *) for weight in 0.1 0.3 1 3; do cell "pnr-lambda$weight-$id" "$method" pnr "${first[@]}" --"${method}"_lambda_neg $weight; done ;;
+      esac
+      continue
+    fi
+    for regularizer in ${REGULARIZERS:-finetune cassle pnr joint}; do
+      case $regularizer in
+        finetune) ;;
+        joint) TASKS=1 cell "joint-$id" "$method" finetune --num_tasks 1 ;;
+        *)     cell "$regularizer-$id" "$method" "$regularizer" "${first[@]}" ;;
+      esac
+    done
+  done
+done
+PYTHONPATH=$ROOT "$PYTHON" -m utils.report "$RUNS"/*-seed* --text --out "$RUNS/report"
+if [ ${#FAILED[@]} -gt 0 ]; then printf 'failed: %s\n' "${FAILED[@]}" >&2; exit 1; fi

@@ -1,0 +1,111 @@
+"""From run folders to tables: what is compared, and what is said of folders that cannot be shown."""
+
+import csv
+import json
+import statistics
+
+import pytest
+from conftest import fails
+
+from utils import report
+
+WORDS = "offline linear probe: SGD"
+
+
+def make(folder, matrix=((50.0, 0.0), (40.0, 60.0)), words=WORDS, **changes):
+    """A finished run folder as main_cssl.py leaves it."""
+    args = dict(method="moco", regularizer="pnr", dataset="cifar100", scenario="class", num_tasks=2, seed=5)
+    args |= dict(epochs=2, backbone="resnet18", width=64, stem="cifar", image_size=32, batch_size=256, lr=0.6)
+    args |= changes
+    last = matrix[-1]
+    block = {
+        "matrix": matrix,
+        "average_accuracy": sum(last) / len(last),
+        "protocol": words,
+        "plasticity": None,
+    }
+    block |= {"forgetting": matrix[0][0] - last[0] if len(matrix) > 1 else None, "forward_transfer": None}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"arguments": args}))
+    (folder / "results.json").write_text(json.dumps(block))
+    epoch = {"kind": "epoch", "step": 3, "loss": 1.0, "feature_std": 0.5}
+    (folder / "metrics.jsonl").write_text(json.dumps(epoch) + "\n")
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two seeds of PNR, one of CaSSLe, a joint run; one of other epochs; one that differs in the rate."""
+    root = tmp_path / "runs"
+    found = [make(root / "a"), make(root / "b", ((50.0, 0.0), (50.0, 70.0)), seed=6)]
+    found += [
+        make(root / "c", regularizer="cassle"),
+        make(root / "j", ((80.0,),), regularizer="finetune", num_tasks=1),
+    ]
+    return [*found, make(root / "e", epochs=500), make(root / "l", regularizer="cassle", lr=0.3)]
+
+
+def call(*words):
+    return report.main(report.parse_arguments([str(word) for word in words]))
+
+
+def test_tables(runs, tmp_path, capsys):
+    call(*runs, "--text", "--out", tmp_path / "out")
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100 + len(str(tmp_path))
+    groups = report.group([report.read(run) for run in runs])
+    assert [setting["epochs"] for setting, _ in groups] == [2, 500]
+    grid = groups[0][1]
+    assert [*grid] == [("MoCo v2+", name) for name in ("CaSSLe, lr 0.6", "CaSSLe, lr 0.3", "PNR", "joint")]
+    ((words, rows),) = report.tables(*groups[0])
+    _, label, seeds, values, paper = rows[2]
+    assert (words, label, seeds, paper) == (WORDS, "PNR", [5, 6], None)
+    assert (
+        values["average_accuracy"] == [50, 60]
+        and values["forgetting"] == [10, 0]
+        and values["plasticity"] == []
+    )
+    spread = f"55.00 ± {statistics.stdev([50, 60]):.2f}"
+    texts = [(tmp_path / "out" / name).read_text() for name in ("index.html", "tables.md", "tables.tex")]
+    assert spread in out and spread in texts[0] and spread in texts[1] and r"55.00 $\pm$ 7.07" in texts[2]
+    assert "epochs 500 instead of 2" in texts[0] and texts[0].count("data:image/png") >= 6
+    assert "http" not in texts[0]  # nothing is fetched
+    with open(tmp_path / "out" / "tables.csv") as file:
+        lines = [*csv.DictReader(file)]
+    assert len(lines) == len(runs) and {line["average_accuracy"] for line in lines} == {
+        "50.0",
+        "60.0",
+        "80.0",
+    }
+
+
+def test_the_papers_figure(tmp_path):
+    """Stands only beside numbers of its own benchmark and protocol."""
+    row = [[0.0] * 5] * 5
+    online = "online linear probe (released): learns"
+    cases = {"on": (5, online, 59.5), "off": (5, WORDS, None), "two": (2, online, None)}
+    for name, (tasks, words, expected) in cases.items():
+        run = report.read(make(tmp_path / name, row[:tasks], words, num_tasks=tasks, regularizer="cassle"))
+        (group,) = report.group([run])
+        assert report.tables(*group)[0][1][0][-1] == expected
+
+
+def test_what_cannot_be_shown_is_named(runs, tmp_path, capsys):
+    (runs[0] / "config.json").write_text("{")
+    (runs[1] / "results.json").write_text("[]")
+    (runs[2] / "results.json").unlink()
+    unfinished = make(tmp_path / "half", ((50.0, 0.0),))
+    call(*runs, unfinished, tmp_path / "nothing", "--out", tmp_path / "out")
+    page, said = (tmp_path / "out" / "index.html").read_text(), capsys.readouterr().err
+    for name in [*runs[:3], unfinished, tmp_path / "nothing"]:
+        assert f"{name}: " in page and f"{name}: " in said
+    assert "1 of 2 tasks" in said and "a group" not in said
+
+    class Script:
+        parse_arguments, main = (
+            staticmethod(report.parse_arguments),
+            staticmethod(lambda args, _: report.main(args)),
+        )
+
+    fails(capsys, f"{tmp_path / 'nothing'} --text", "nothing", script=Script)
+    fails(capsys, f"{runs[3]}", "--out", script=Script)
