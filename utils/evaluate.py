@@ -111,12 +111,14 @@ def linear_probe(features, parts, test_x, num_classes, lr, momentum, seed, epoch
 
 
 def choose_lr(features, part, num_classes, momentum, seed, process=ALONE):
-    """Of SWEEP the rate whose classifier is best on a tenth of the training data that it did not learn from:
-    all rates at once, in float32 and half the epochs. features, part: as in `linear_probe`."""
+    """Of SWEEP the rate whose classifier is best on a tenth of the training data that it did not learn from.
+    All rates are tried at once, in float32, twice as large for half the epochs, which goes as far. features,
+    part: as in `linear_probe`."""
     counts, epochs = process.collect(len(part)), PROBE_EPOCHS // 2
     held_out = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(seed)) % 10 == 0
     held_out = held_out[sum(counts[: process.rank]) :][: len(part)].to(part.device)
-    settings = num_classes, SWEEP, momentum, seed, epochs, process, torch.float32
+    rates = [2 * lr for lr in SWEEP]
+    settings = num_classes, rates, momentum, seed, epochs, process, torch.float32
     probes = SoftmaxRegression(features(0)[0].shape[1], *settings)
     for epoch in range(epochs):
         x, y = features(epoch)
@@ -265,7 +267,7 @@ def protocol_name(args, name=""):
     lr = f"lr {args.probe_lr}"
     if args.probe_lr == "sweep":
         lr = f"lr of {SWEEP} chosen for each network on a held-out tenth of the training data (in float32, "
-        lr += "half the epochs)"
+        lr += "twice the rate for half the epochs)"
     sgd = f"SGD in float64, {lr}, momentum {args.probe_momentum:g}, {PROBE_EPOCHS} epochs, "
     sgd += f"batch {PROBE_BATCH}, lr x 0.1 at epochs 60 and 80"
     return f"offline linear probe{name}: {sgd}; {joint}; frozen network, {views}; {images}"
