@@ -165,18 +165,7 @@ def transfer_arguments(args, flag, name):
 def evaluate_networks(args, process, networks, config, transfer):
     """Evaluates the networks on one data set, prints the numbers and writes them. transfer: it is not the
     networks' own, so that a network has one accuracy, and none per task."""
-    train, probe, test = process.rank0_first(lambda: load_dataset(args))
-    tasks = plan(train, test, args.scenario, args.num_tasks, args.seed)
-    if test is None:
-        advice = "pass --probe_data_dir DIR with both, or --val_split 0.2 for a folder without test/"
-        raise UserError(f"{args.data_dir} has no labelled images in train/ and test/: {advice}")
-    if args.task_masked and not isinstance(tasks.names[0], list):
-        raise UserError("--task_masked: needs --scenario class and several tasks, with classes of their own")
-    args.image_size = args.image_size or config.get("image_size")
-    resolve_network(args, train.side, process.device)
-    source = normalize(args, config, probe, test)
-    for images in (probe, test):
-        images.to(process.device)
+    probe, test, tasks, source = load_images(args, process, config)
     settings = settings_of(args, config, source, transfer)
     matrix = args.run and not transfer and args.eval != "clustering"
     if matrix and args.reference:  # told before anything is evaluated
@@ -194,9 +183,8 @@ def evaluate_networks(args, process, networks, config, transfer):
             ks = evaluate.KNN_K, 20
             return evaluate.accuracy_rows(args, process, extract, probe, tested, tasks, ks, args.task_masked)
         features, labels = map(process.gather, tested)
-        scores = evaluate.clustering(
-            features, labels, len(probe.classes), args.seed, codes_of(network, features)
-        )
+        codes = codes_of(network, features)
+        scores = evaluate.clustering(features, labels, len(probe.classes), args.seed, codes)
         return {name: [score] for name, score in scores.items()}
 
     random_rows, found = rows() if matrix else {}, {}
@@ -208,28 +196,53 @@ def evaluate_networks(args, process, networks, config, transfer):
             found.setdefault(part, []).append(row)
             if process.main:
                 print(metrics.format_row(f"{path}{part and f' ({part})'}:", row), flush=True)
+    if process.main:
+        publish(args, config, settings, found, random_rows if matrix else None)
+
+
+def load_images(args, process, config):
+    """The ImageSets to learn from and to test on, on the device and normalised, the Tasks, and what the
+    normalisation is, in a word."""
+    train, probe, test = process.rank0_first(lambda: load_dataset(args))
+    tasks = plan(train, test, args.scenario, args.num_tasks, args.seed)
+    if test is None:
+        advice = "pass --probe_data_dir DIR with both, or --val_split 0.2 for a folder without test/"
+        raise UserError(f"{args.data_dir} has no labelled images in train/ and test/: {advice}")
+    if args.task_masked and not isinstance(tasks.names[0], list):
+        raise UserError("--task_masked: needs --scenario class and several tasks, with classes of their own")
+    args.image_size = args.image_size or config.get("image_size")
+    resolve_network(args, train.side, process.device)
+    source = normalize(args, config, probe, test)
+    for images in (probe, test):
+        images.to(process.device)
+    return probe, test, tasks, source
+
+
+def publish(args, config, settings, found, random_rows):
+    """Prints and writes what was found, rows by part: blocks with a matrix and what is read off it where
+    there are random_rows to compare with, those of a random network; else with a row, or scores, of each
+    network."""
     rates, blocks = [lr for (lr,) in found.pop("probe_lr", ())], {}
-    for part, part_rows in found.items():
+    for part, rows in found.items():
         shown = "" if args.eval == "clustering" else part
         name, words = named(args, settings, shown)
         block = {"protocol": words, "settings": {"protocol": args.eval, **settings, "part": shown}}
         block |= {"probe_lr": rates} if rates else {}
         if args.eval == "clustering":
-            block = {**blocks.get(name, block), part: [score for (score,) in part_rows]}
-        elif matrix:
+            block = {**blocks.get(name, block), part: [score for (score,) in rows]}
+        elif random_rows is None:
+            block["rows"] = rows
+        else:
             single = args.reference and metrics.reference_row(args.reference, name, words, config)
             alone = config.get("single_tasks", False)
-            block |= metrics.summary(
-                part_rows, args.num_tasks, words, random_rows.get(part), single, alone, part
-            )
-        else:
-            block["rows"] = part_rows
-        blocks[name + f" reference={args.reference}" * bool(matrix and args.reference)] = block
-    for name, block in blocks.items() if process.main else ():
+            block |= metrics.summary(rows, args.num_tasks, words, random_rows.get(part), single, alone, part)
+            name += f" reference={args.reference}" if args.reference else ""
+        blocks[name] = block
+    for name, block in blocks.items():
         print(f"\n{name}\n{block['protocol']}" + (f"; chosen: {rates}" if rates else ""))
-        if matrix:
+        if "matrix" in block:
             print(f"{metrics.format_matrix(block['matrix'])}\n{metrics.format_summary(block)}")
-    if process.main and (path := results_path(args)):
+    if path := results_path(args):
         write_results(path, blocks)
 
 

@@ -191,3 +191,27 @@ def test_slurm_saves_and_requeues(cluster, tmp_path):
     for index in (18, -1):
         _, error = (job := cluster(index)).communicate(timeout=60)
         assert job.returncode == 2 and "--array=0-17" in error
+
+
+def test_table(tmp_path):
+    """What is missing is run, from the fine-tuned first task; a cell that fails is named and the rest goes
+    on; the same command runs only what is missing, and ends in the report."""
+    variables = {
+        "PYTHON": sys.executable,
+        "SMOKE": "1",
+        "TASKS": "2",
+        "METHODS": "nosuch moco",
+        "RUNS": "table",
+    }
+    call = ("run_table.sh", "cifar100", "6")
+    done = script(*call, cwd=tmp_path, REGULARIZERS="finetune pnr", **variables)
+    assert done.returncode == 1 and "failed: finetune-nosuch-seed6 (status 2)" in done.stderr
+    assert "2 runs in 1 groups" in done.stdout and (tmp_path / "table" / "report" / "index.html").exists()
+    config = json.loads((tmp_path / "table" / "pnr-moco-seed6" / "config.json").read_text())["arguments"]
+    assert config["init_from"] == "table/finetune-moco-seed6/task0.pt" and config["seed"] == 6
+    done = script(*call, cwd=tmp_path, REGULARIZERS="joint", **variables)
+    assert "== finetune-moco" not in done.stdout and "== joint-moco-seed6" in done.stdout
+    assert "joint" in done.stdout and "3 runs in 1 groups" in done.stdout
+    for words in (("cifar",), ("cifar100", "five")):
+        done = script("run_table.sh", *words, PYTHON=sys.executable)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
