@@ -74,8 +74,8 @@ def handles_signals(pid):
 def test_run_folder(folder):
     names = {path.name.split(".out.")[0] for path in folder.iterdir()} - {".lock"}
     assert names == set(
-        "config.json metrics.jsonl results.json accuracy_matrix.png task0.pt task1.pt last.pt last.prev.pt "
-        "split.pt events".split()
+        "config.json metrics.jsonl results.json accuracy_matrix.png accuracy_matrix.pdf task0.pt task1.pt "
+        "last.pt last.prev.pt split.pt events".split()
     )
     config, found = json.loads((folder / "config.json").read_text()), results(folder)
     assert config["arguments"]["seed"] == 5 and None not in [
@@ -98,6 +98,7 @@ def test_tensorboard_outlives_a_second_start(folder):
         events = EventAccumulator(str(folder), size_guidance={"images": 0})
         events.Reload()
         assert {"views", "accuracy_matrix", "collapse/spectrum"} <= set(events.Tags()["images"])
+        assert [event.step for event in events.Scalars("accuracy/task0")] == [1, 2]
         names = ("train/loss", "train/lr", "epoch/ssl", "epoch/ema_tau", "epoch/feature_std")
         names += ("speed/images_per_second", "speed/data_wait_share", "eval/average_accuracy")
         return [[event.step for event in events.Scalars(name)] for name in names]

@@ -194,6 +194,8 @@ class Run:
         self.log.metrics(kind, self.global_step, values, task=self.task, epoch=self.epoch)
         speed = self.progress.say(self.epoch, values["loss"], lr)
         speed["skipped_images"] = len(self.loader.images.skipped)
+        if self.process.device.type == "cuda":
+            speed["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.process.device) / 2**30
         self.log.scalars("speed", self.global_step, speed)
         if self.last_std < self.start_std / 10 and self.warned < self.task:
             fall = f"from {self.start_std:.2g} to {self.last_std:.2g} since the task began, task {self.task}"
@@ -263,11 +265,17 @@ class Run:
         values = {**scores, **monitors, "row": block["matrix"][-1]}
         self.log.metrics(kind, self.global_step, values, task=self.task, protocol=block["protocol"])
         protocol = block["protocol"].split(":")[0]
-        title = f"{self.args.method} + {self.args.regularizer}\n{protocol}, A = "
+        title = f"{self.args.dataset}, {self.args.method} + {self.args.regularizer}, seed {self.args.seed}\n"
+        title += f"{protocol}, A = "
         names = self.data["tasks"] if self.args.scenario == "domain" else None
         figure = plot_matrix(block["matrix"], f"{title}{scores['average_accuracy']:.2f} %", names)
         writer.add_figure(picture, figure, self.global_step)
-        figure.savefig(self.folder / f"{picture}.png")
+        for suffix in ("png", "pdf"):
+            figure.savefig(self.folder / f"{picture}.{suffix}")
+        # against the number of tasks trained, so that forgetting is a curve
+        tag = picture.replace("accuracy_matrix", "accuracy")
+        for number, accuracy in enumerate(block["matrix"][-1]):
+            writer.add_scalar(f"{tag}/task{number}", accuracy, self.task + 1)
         write_results(self.folder / "results.json", {name: block} if name else block)
         line = format_row(f"after task {self.task}: accuracy (%), {protocol}", block["matrix"][-1])
         random_row = block["random_backbone"]
