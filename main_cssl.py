@@ -202,10 +202,8 @@ def resolve(args, process, train, test, tasks):
         advice = "pass --probe_data_dir DIR with both, --val_split, or --online_probe off"
         raise UserError(f"--online_probe: {args.data_dir} has no labels in train/ and test/: {advice}")
     if args.reference:  # told before hours of training
-        names = [""] * (args.eval != "none") + [f"online_linear_{args.online_probe}"] * (
-            args.online_probe != "off"
-        )
-        for name in names:
+        evaluated = {"": args.eval, f"online_linear_{args.online_probe}": args.online_probe}
+        for name in (name for name, how in evaluated.items() if how not in ("none", "off")):
             metrics.reference_row(args.reference, name, evaluate.protocol_name(args, name), vars(args))
     if args.batch_size < 2 or args.batch_size % process.world:
         needs = f"at least 2 images, and the {process.world} process(es) have to divide it"
@@ -247,10 +245,8 @@ def load_initial(args, process, learner, tasks):
     if not args.init_from or checkpoint.states(args.out_dir):
         return None
     initial = copy.deepcopy(learner)
-    names = f"--method {args.method} --backbone {args.backbone} --width {args.width} --stem {args.stem}"
-    note, first_task_given = checkpoint.load_method(
-        initial.method, args.init_from, names, tasks.names, initial.online
-    )
+    own = initial.method, args.init_from, args, tasks.names, initial.online
+    note, first_task_given = checkpoint.load_method(*own)
     if process.main:
         print(note, flush=True)
     return initial.state_dict(), first_task_given

@@ -75,7 +75,7 @@ def parse_arguments(argv=None, config=None):
     if (args.run is None) == (args.checkpoint is None):
         parser.error("pass either --run DIR or --checkpoint FILE")
     for name in OF_THE_RUN if args.run and config else ():
-        elsewhere = name == "val_split" and args.transfer
+        elsewhere = name == "val_split" and (args.transfer or config.get(name) is None)
         if getattr(args, name) not in (None, config.get(name)) and not elsewhere:
             words = f"{getattr(args, name)} is not that of {args.run}, {config.get(name)}: leave it out"
             advice = ", or pass --transfer, --probe_data_dir or --checkpoint" * (name == "dataset")
@@ -206,7 +206,7 @@ def load_images(args, process, config):
     train, probe, test = process.rank0_first(lambda: load_dataset(args))
     tasks = plan(train, test, args.scenario, args.num_tasks, args.seed)
     if test is None:
-        advice = "pass --probe_data_dir DIR with both, or --val_split 0.2 for a folder without test/"
+        advice = "pass --probe_data_dir DIR with both" + ", or --val_split 0.2" * bool(train.classes)
         raise UserError(f"{args.data_dir} has no labelled images in train/ and test/: {advice}")
     if args.task_masked and not isinstance(tasks.names[0], list):
         raise UserError("--task_masked: needs --scenario class and several tasks, with classes of their own")

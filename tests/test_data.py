@@ -162,3 +162,9 @@ def test_val_split(data, tmp_path, capsys):
     assert same(again.tolist(), test.images.names.tolist())
     for share, where in (("0.01", tmp_path), ("0.2", data / "plain"), ("0.2", data / "unlabelled")):
         fails(capsys, f"{TINY} --dataset folder --data_dir {where} --val_split {share}", "--val_split")
+    folder = tmp_path / "run"  # trained on all images, tested afterwards on a share of them
+    assert run(flags(tmp_path.parent, "plain", f"--data_dir {tmp_path} --out_dir {folder}")) == 0
+    fails(capsys, f"--run {folder}", "--val_split", script=main_linear)
+    assert run(f"--run {folder} --protocol knn --val_split 0.25", main_linear) == 0
+    (name, block) = next(iter(trees.results(folder).items()))
+    assert "val_split=0.25" in name and len(block["matrix"]) == 2

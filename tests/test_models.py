@@ -131,8 +131,8 @@ def test_foreign_checkpoint(case, tmp_path):
         queue = {"queue.rows": more["queue"].transpose(1, 2), "queue.pointer": torch.tensor(7)}
     saved = {names[p] + k.removeprefix(p): v for p in names for k, v in state.items() if k.startswith(p)}
     torch.save({"state_dict": saved | more, "epoch": 3}, tmp_path / "foreign.pt")
-    flags = "--backbone resnet10 --width 4 --stem cifar"
-    said, first_task_given = checkpoint.load_method(method, tmp_path / "foreign.pt", flags, [[0, 1]])
+    vars(args).update(backbone=cifar[0], width=cifar[1], stem=cifar[2])
+    said, first_task_given = checkpoint.load_method(method, tmp_path / "foreign.pt", args, [[0, 1]])
     assert said.endswith(note) and first_task_given
     for key, value in method.state_dict().items():
         origin = key if len(names) == len(PARTS) else key.removeprefix("momentum_encoder.")

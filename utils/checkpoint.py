@@ -176,26 +176,24 @@ def load_strictly(module, state, path, what):
         raise UserError(f"{path} is a checkpoint of another architecture than {what}: {misfit}") from error
 
 
-def load_method(method, path, what, tasks, online=None):
+def load_method(method, path, args, tasks, online=None):
     """Puts the network of a first task into a method: all of it from a task0.pt, from other layouts what the
-    method has a place for; heads of another form start anew. tasks: the names of this run's tasks; raises
-    UserError if a task0.pt is of others, or is no task0.pt. Where a checkpoint has no momentum encoder, that
-    starts as a copy of the student; a predictor, or a queue of the same size, that it does not have stays
-    random. online: the OnlineProbe, or None; raises UserError if the checkpoint has no classifier for it.
-    Returns a line that says what became of what, and whether the first task is done: it is not where the file
-    has no projector."""
-    network = read_network(path)
+    method has a place for; heads of another form start anew. args: those that the method was built of; tasks:
+    the names of this run's tasks; raises UserError if a task0.pt is of others, or is no task0.pt. Where a
+    checkpoint has no momentum encoder, that starts as a copy of the student; a predictor, or a queue of the
+    same size, that it does not have stays random. online: the OnlineProbe, or None; raises UserError if the
+    checkpoint has no classifier for it. Returns a line that says what became of what, and whether the first
+    task is done: it is not where the file has no projector."""
+    network, flags = read_network(path), ("method", "backbone", "width", "stem")
+    what = " ".join(f"--{name} {getattr(args, name)}" for name in flags)
     state = {f"backbone.{k}": v for k, v in network["backbone"].items()} | network["heads"]
     classifier = {k: state.pop(k) for k in list(state) if k.startswith("classifier.")}
     classifier = network["online"] if isinstance(network.get("online"), dict) else classifier
-    if network["config"] is None and (flags := architecture(network["backbone"], path)):
-        flags = " ".join(f"--{name} {value}" for name, value in flags.items())
-        if flags not in what:
-            raise UserError(f"{path} is a checkpoint of another architecture than {what}: pass {flags}")
-    projector = {k for k in state if k.startswith("projector.")}
-    pretrained = network["config"] is None and projector != {
-        k for k in method.state_dict() if k.startswith("projector.")
-    }
+    found = architecture(network["backbone"], path) if network["config"] is None else {}
+    if any(getattr(args, name) != value for name, value in found.items()):
+        advice = "pass " + " ".join(f"--{name} {value}" for name, value in found.items())
+        raise UserError(f"{path} is a checkpoint of another architecture than {what}: {advice}")
+    pretrained = network["config"] is None and projector(state) != projector(method.state_dict())
     if online is not None and not classifier and not pretrained:
         advice = "train the first task with --online_probe, too, or pass --online_probe off"
         raise UserError(f"--online_probe: {path} holds no classifier that could go on: {advice}")
@@ -219,6 +217,11 @@ def load_method(method, path, what, tasks, online=None):
     return words, not pretrained
 
 
+def projector(state):
+    """The names of its tensors."""
+    return {key for key in state if key.startswith("projector.")}
+
+
 def fit(state, own):
     """Makes another project's state one for a method whose own is given, in place: a queue of the same size
     is turned ([2, D, K] there), what has no place is dropped, what is missing is filled in; but for the
@@ -226,7 +229,7 @@ def fit(state, own):
     and of what was dropped."""
     rows, pointer = state.pop("queue.rows", None), state.pop("queue.pointer", None)
     dropped, needed = set() if rows is None and pointer is None else {"queue"}, ("backbone.", "projector.")
-    if {k for k in state if k.startswith("projector.")} != {k for k in own if k.startswith("projector.")}:
+    if projector(state) != projector(own):
         needed = ("backbone.",)
         for key in [key for key in state if key.startswith(("projector.", "momentum_encoder."))]:
             del state[key]

@@ -267,7 +267,11 @@ def protocol_name(args, name=""):
     lr = f"lr {args.probe_lr}"
     if args.probe_lr == "sweep":
         lr = f"lr of {SWEEP} chosen for each network on a held-out tenth of the training data (in float32, "
-        lr += "twice the rate for half the epochs)"
+        lr += (
+            "twice the rate for half the epochs"
+            + ", for all domains together" * (kind == "linear_per_domain")
+            + ")"
+        )
     sgd = f"SGD in float64, {lr}, momentum {args.probe_momentum:g}, {PROBE_EPOCHS} epochs, "
     sgd += f"batch {PROBE_BATCH}, lr x 0.1 at epochs 60 and 80"
     return f"offline linear probe{name}: {sgd}; {joint}; frozen network, {views}; {images}"
