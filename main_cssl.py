@@ -70,6 +70,8 @@ def parse_arguments(argv=None):
     text += "classes, later ones too"
     add("--online_probe", choices=("off", "clean", "released"), default="off", help=text)
     add("--online_lr", type=float, help="of the online probe (default: the method's); not per 256")
+    text = "up to 2000 test features after every task, with class and task, for TensorBoard's projector"
+    add("--embedding", action="store_true", help=text)
     text = "the run's folder (default: runs/<dataset>-<scenario><tasks>-<method>-<regularizer>-seed<seed>)"
     add("--out_dir", help=text)
     text = "steps (500) or time (90s, 10m, 1h) between checkpoints; also at an epoch's end, if cheap"
@@ -284,6 +286,8 @@ def evaluate_task(args, process, run, learner, probe, test, tasks):
     monitors, spectrum = collapse_metrics(features, learner.method.codes(features))
     if collapsed(monitors):
         tell_collapse(run)
+    if args.embedding:
+        run.log.embedding(run.global_step, features, labels, test.classes, tasks.test)
     for name, row in rows.items():
         run.matrices.setdefault(name, []).append(row)
     for name, block in evaluate.blocks(args, run).items():

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+import trees
 from conftest import TINY, arguments, crash, fails, outcome, run, same, settled, start, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -105,6 +106,31 @@ def test_tensorboard_outlives_a_second_start(folder):
 
     before = logged()
     assert run(f"{FINETUNE} --out_dir {folder}") == 0 and logged() == before and len(before[-1]) == 2
+
+
+def test_tensorboard_of_several_runs(folder, tmp_path, monkeypatch):
+    """One that starts from another's first task lies over it; the table of runs begins with what they are;
+    the projector has the class and the task of each test image."""
+    trees.no_pictures(monkeypatch)
+    call = f"{FINETUNE} --init_from {folder / 'task0.pt'} --embedding --out_dir {tmp_path / 'a'}"
+    assert run(call) == 0
+    steps = []
+    for path in (folder, tmp_path / "a"):
+        events = EventAccumulator(str(path))
+        events.Reload()
+        steps.append([event.step for event in events.Scalars("epoch/loss")])
+        assert {"collapse/feature_std", "accuracy/task1"} <= set(events.Tags()["scalars"])
+    assert steps[1] == steps[0][2:] and len(steps[0]) == 4
+    table = events.PluginTagToContent("hparams")["_hparams_/experiment"].decode(errors="replace")
+    assert table.index("Method") < table.index("Seed") < table.index("lr") and "eval/forgetting" in table
+    files = sorted((tmp_path / "a").glob("*/features/metadata.tsv"))
+    assert len(files) == 2
+    head, *rows = [line.split("\t") for line in files[0].read_text().splitlines()]
+    tasks = settled("--num_tasks 2")[1][3]
+    assert head == ["class", "task"] and len(rows) == sum(map(len, tasks.test))
+    assert {(int(name), int(task)) for name, task in rows} == {
+        (c, t) for t, own in enumerate(tasks.names) for c in own
+    }
 
 
 @pytest.mark.parametrize("regularizer", REGULARIZERS)

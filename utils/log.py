@@ -65,6 +65,26 @@ class Log:
             if self.writer is not None and isinstance(value, (int, float)):
                 self.writer.add_scalar(f"{kind}/{name}", value, step)
 
+    def hparams(self, values, tags):
+        """A line of TensorBoard's table of runs: what the run is, and tags of scalars, its results."""
+        if self.writer is not None:
+            from torch.utils.tensorboard.summary import hparams
+
+            plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in values.items()}
+            for part in hparams(plain, dict.fromkeys(tags)):
+                self.writer.file_writer.add_summary(part)
+
+    def embedding(self, step, features, labels, classes, parts, count=2000):
+        """Up to `count` of the test features [N, F] for TensorBoard's projector, each with its class and the
+        tasks that are tested on it. labels: int64 [N], -1 for none; parts: for each task int64 indices."""
+        if self.writer is not None:
+            order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+            drawn, owners = order[labels.cpu()[order] >= 0][:count], [set(part.tolist()) for part in parts]
+            names = [classes[label] for label in labels[drawn].tolist()]
+            tested = [" ".join(str(t) for t, own in enumerate(owners) if i in own) for i in drawn.tolist()]
+            columns = [*zip(names, tested)], ["class", "task"]
+            self.writer.add_embedding(features[drawn], columns[0], None, step, "features", columns[1])
+
     def views(self, step, views, mean, std, count=8):
         """A grid with the two views of some images, above each other."""
         if self.writer is not None:

@@ -21,8 +21,8 @@ from utils.log import Log, Meter, Progress
 from utils.metrics import SCORES, format_row
 
 # arguments that may differ when a run is resumed: they change where and how fast it runs, not what it does
-FREE = "out_dir data_dir download cache device compile save_every log_every workers skip_corrupt reference"
-FREE = set(FREE.split())
+FREE = "out_dir data_dir download cache device compile save_every log_every workers skip_corrupt"
+FREE = set(f"{FREE} reference embedding".split())
 PROTOCOL = set("eval probe_lr probe_momentum probe_views probe_data_dir".split())  # until a task has ended
 COUNTERS = dict.fromkeys("task epoch step global_step finished start_std last_std".split(), 0)
 COUNTERS |= {"warned": -1, "first_task_given": False, "matrices": {}, "random_rows": {}, "collapsed": []}
@@ -101,6 +101,14 @@ class Run:
         logs = self.main and self.finished < args.num_tasks
         size = self.saved["metrics_size"] if self.resumed else 0
         self.log = Log(self.folder if logs else None, size, self.global_step)
+        if not self.resumed:
+            plain = {name: value for name, value in self.arguments.items() if name not in FREE}
+            first = {name.title(): plain.pop(name) for name in ("method", "regularizer", "seed")}  # as sorted
+            kinds = {"eval": args.eval, f"eval_online_linear_{args.online_probe}": args.online_probe}
+            tags = [
+                f"{k}/{score}" for k, how in kinds.items() if how not in ("none", "off") for score in SCORES
+            ]
+            self.log.hparams(first | plain, tags)
         self.started = self.last_save = time.monotonic()
         self.seconds_saving, self.leaving = 0.0, False
 
@@ -148,6 +156,10 @@ class Run:
         for name, part in self.parts.items() if self.saved else ():
             part.load_state_dict(self.saved[name])
         self.saved, done = None, self.epoch * loader.steps + self.step
+        if (
+            self.task == 0 and not epochs
+        ):  # as if it had been trained here, for curves that lie over each other
+            self.global_step = self.args.epochs * loader.steps
         self.progress = Progress(task, self.args, epochs, loader.steps, done, self.main)
 
     def end_step(self, terms, student, views):
@@ -262,8 +274,10 @@ class Run:
 
         scores, writer = {score: block[score] for score in SCORES}, self.log.writer
         kind, picture = f"eval_{name}".rstrip("_"), f"accuracy_matrix_{name}".rstrip("_")
-        values = {**scores, **monitors, "row": block["matrix"][-1]}
-        self.log.metrics(kind, self.global_step, values, task=self.task, protocol=block["protocol"])
+        values = {**scores, "row": block["matrix"][-1]}
+        where = {**monitors, "task": self.task, "protocol": block["protocol"]}
+        self.log.metrics(kind, self.global_step, values, **where)
+        self.log.scalars("collapse", self.global_step, monitors)
         protocol = block["protocol"].split(":")[0]
         title = f"{self.args.dataset}, {self.args.method} + {self.args.regularizer}, seed {self.args.seed}\n"
         title += f"{protocol}, A = "
