@@ -15,6 +15,7 @@ does so for one network, whose architecture is read off the file.
 import argparse
 import copy
 import math
+import shlex
 import sys
 from itertools import takewhile
 from pathlib import Path
@@ -27,15 +28,18 @@ from utils.stop import Stop
 
 OF_DATA = "data_dir cache cache_size probe_data_dir domain_order scenario num_tasks val_split".split()
 OF_THE_RUN = "dataset scenario num_tasks seed backbone width stem domain_order cache_size val_split".split()
+OF_PROBE = "probe_lr probe_views probe_momentum".split()
 NOT_OF_THE_RUN = "eval device workers out_dir reference download skip_corrupt".split()
 
 
-def number(text):
-    """A number, or one of the words that stand for some."""
-    try:
-        return text if text in ("sweep", "run", "dataset") else float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text} is no number") from error
+def number_or(*words):
+    """A type for argparse: a number, or one of the words that stand for some."""
+
+    def parse(text):
+        return text if text in words else float(text)
+
+    parse.__name__ = " or ".join(["number", *words])
+    return parse
 
 
 def parse_arguments(argv=None, config=None):
@@ -59,13 +63,14 @@ def parse_arguments(argv=None, config=None):
     text = "share of each class's labels that the classifier sees, such as 0.01; the same for every network"
     add("--label_fraction", type=float, default=1.0, help=text)
     text = "of the linear probe; sweep: of 8 the best on a tenth of the training data that is held out"
-    add("--probe_lr", type=number, default=1.0, help=text)
+    add("--probe_lr", type=number_or("sweep"), default=1.0, help=text)
     text = "what it learns from: plain images, or random crops and flips, anew in each epoch, as in papers"
     add("--probe_views", choices=("cached", "augmented"), default="cached", help=text)
     add("--probe_momentum", type=float, default=0.0, help="of the linear probe")
     text = "mean and deviation that images are normalised with: those that the network was trained with; the "
     text += "data set's own; or two or six numbers"
-    add("--normalize", type=number, nargs="+", default=["run"], metavar="run|dataset|M S", help=text)
+    words = number_or("run", "dataset")
+    add("--normalize", type=words, nargs="+", default=["run"], metavar="run|dataset|M S", help=text)
     text = "a run of single tasks (main_cssl.py --single_tasks) that was evaluated likewise, for plasticity"
     add("--reference", metavar="DIR", help=text)
     add_data_arguments(parser), add_network_arguments(parser)
@@ -74,13 +79,16 @@ def parse_arguments(argv=None, config=None):
     args = parser.parse_args(argv)
     if (args.run is None) == (args.checkpoint is None):
         parser.error("pass either --run DIR or --checkpoint FILE")
-    for name in OF_THE_RUN if args.run and config else ():
-        elsewhere = name == "val_split" and (args.transfer or config.get(name) is None)
-        if getattr(args, name) not in (None, config.get(name)) and not elsewhere:
-            words = f"{getattr(args, name)} is not that of {args.run}, {config.get(name)}: leave it out"
+    for name in (name for name in OF_THE_RUN if args.run and name in (config or {})):
+        elsewhere = name == "val_split" and (args.transfer or config[name] is None)
+        if getattr(args, name) not in (None, config[name]) and not elsewhere:
+            words = f"{getattr(args, name)} is not that of {args.run}, {config[name]}: leave it out"
             advice = ", or pass --transfer, --probe_data_dir or --checkpoint" * (name == "dataset")
             parser.error(f"--{name} {words}{advice}")
     parser.check_folder_of("out", args.out)
+    others = [name for name in OF_PROBE if getattr(args, name) != parser.get_default(name)]
+    if args.eval != "linear" and others:
+        parser.error(f"--{others[0]}: belongs to --protocol linear")
     if args.eval == "clustering" and (args.label_fraction < 1 or args.task_masked):
         parser.error("--protocol clustering uses no labels: leave out --label_fraction and --task_masked")
     if args.reference and (not args.run or args.transfer or args.eval == "clustering"):
@@ -102,7 +110,7 @@ from data.datasets import load_dataset, share_of_each
 from data.scenarios import plan
 from models.resnet import build_backbone
 from utils import UserError, checkpoint, distributed, evaluate, metrics
-from utils.run import read_config, read_results, write_json, write_results
+from utils.run import read_config, write_results
 
 
 def main(args, argv=None):
@@ -114,9 +122,11 @@ def main(args, argv=None):
     if args.run and args.probe_data_dir != config.get("probe_data_dir"):
         # on other images than the run's the columns of a matrix would not be its tasks
         targets.append((f"--probe_data_dir {args.probe_data_dir}", args.probe_data_dir))
+    args.cache_size = None if args.cache is None else args.cache_size
     if args.dataset is None and not targets:
         raise UserError(f"{networks[0]} does not say what it was trained on: pass --dataset")
-    read_results(results_path(args))  # if it is damaged, that is told before anything is evaluated
+    if process.main and (path := results_path(args)):
+        write_results(path, {})  # if it cannot be, that is told before anything is evaluated
     for other in [transfer_arguments(args, *target) for target in targets] or [args]:
         evaluate_networks(other, process, networks, config, other is not args)
 
@@ -128,15 +138,18 @@ def find_networks(args, process):
         paths = [Path(args.run) / f"task{task}.pt" for task in range(config["num_tasks"])]
         found = list(takewhile(Path.exists, paths))
         if not found:
-            raise UserError(f"{args.run} holds no task0.pt yet: its first task has not ended")
+            raise UserError(f"{args.run} holds no task0.pt: has its first task not ended yet?")
+        for path in found:  # damage is told before anything is evaluated
+            checkpoint.read_network(path)
         if process.main and len(found) < len(paths):
             missing = ", ".join(path.name for path in paths if path not in found)
             print(f"{args.run} is not complete, and evaluated without {missing}", flush=True)
         return found, config
     network = checkpoint.read_network(args.checkpoint)
     config = network["config"] or checkpoint.architecture(network["backbone"], args.checkpoint)
-    if process.main and network["left_out"]:
-        print(f"{args.checkpoint}: left out: {', '.join(sorted(network['left_out']))}", flush=True)
+    unused = network["left_out"] | {key.split(".")[0] for key in network["heads"]}
+    if process.main and unused and network["config"] is None:
+        print(f"{args.checkpoint}: left out: {', '.join(sorted(unused))}", flush=True)
     if args.dataset not in (None, config.get("dataset")):  # what it was trained on says nothing of others
         config = {name: value for name, value in config.items() if name not in OF_DATA}
     return [Path(args.checkpoint)], config
@@ -152,7 +165,7 @@ def transfer_arguments(args, flag, name):
     if dataset in DATASETS:
         other.dataset, other.data_dir = dataset, folder or args.data_dir
     elif Path(name).is_dir():
-        other.dataset, other.data_dir = "folder", name
+        other.dataset, other.data_dir, other.download = "folder", name, False
     else:
         known = ", ".join(DATASETS)
         raise UserError(f"{flag}: neither a folder nor NAME or NAME=DIR with NAME one of {known}")
@@ -170,7 +183,7 @@ def evaluate_networks(args, process, networks, config, transfer):
     matrix = args.run and not transfer and args.eval != "clustering"
     if matrix and args.reference:  # told before anything is evaluated
         metrics.reference_row(args.reference, *named(args, settings, ""), config)
-    probe = keep_labels(probe, args, process, settings["dataset"])
+    probe = keep_labels(probe, args, process, settings)
     torch.manual_seed(args.seed)
     backbone = build_backbone(args.backbone, args.width, args.stem)
     backbone.to(process.device, memory_format=torch.channels_last)
@@ -194,7 +207,7 @@ def evaluate_networks(args, process, networks, config, transfer):
         checkpoint.load_strictly(backbone, network["backbone"], path, what)
         for part, row in rows(network).items():
             found.setdefault(part, []).append(row)
-            if process.main:
+            if process.main and part != "probe_lr":
                 print(metrics.format_row(f"{path}{part and f' ({part})'}:", row), flush=True)
     if process.main:
         publish(args, config, settings, found, random_rows if matrix else None)
@@ -223,21 +236,22 @@ def publish(args, config, settings, found, random_rows):
     there are random_rows to compare with, those of a random network; else with a row, or scores, of each
     network."""
     rates, blocks = [lr for (lr,) in found.pop("probe_lr", ())], {}
+    also = {"network": Path(args.checkpoint or args.run).resolve()} if args.out else {}
+    also |= {"reference": Path(args.reference).resolve()} if args.reference else {}
     for part, rows in found.items():
         shown = "" if args.eval == "clustering" else part
         name, words = named(args, settings, shown)
         block = {"protocol": words, "settings": {"protocol": args.eval, **settings, "part": shown}}
         block |= {"probe_lr": rates} if rates else {}
         if args.eval == "clustering":
-            block = {**blocks.get(name, block), part: [score for (score,) in rows]}
+            block = {**next(iter(blocks.values()), block), part: [score for (score,) in rows]}
         elif random_rows is None:
             block["rows"] = rows
         else:
             single = args.reference and metrics.reference_row(args.reference, name, words, config)
             alone = config.get("single_tasks", False)
             block |= metrics.summary(rows, args.num_tasks, words, random_rows.get(part), single, alone, part)
-            name += f" reference={args.reference}" if args.reference else ""
-        blocks[name] = block
+        blocks[named(args, settings | also, shown)[0]] = block
     for name, block in blocks.items():
         print(f"\n{name}\n{block['protocol']}" + (f"; chosen: {rates}" if rates else ""))
         if "matrix" in block:
@@ -249,25 +263,24 @@ def publish(args, config, settings, found, random_rows):
 def settings_of(args, config, source, transfer):
     """What decides a number besides the networks, by name; what is as in the networks' own run is left
     out."""
-    dataset = f"folder:{Path(args.data_dir).resolve()}" if args.dataset == "folder" else args.dataset
+    elsewhere = args.dataset == "folder" or args.data_dir != config.get("data_dir")
+    dataset = args.dataset + f":{Path(args.data_dir).resolve()}" * (elsewhere and args.dataset != "digits")
     settings = {"dataset": dataset, "size": args.image_size, "normalize": source}
+    settings |= {"transfer": True} if transfer else {}
     own = () if transfer else ("scenario", "num_tasks", "domain_order", "probe_data_dir")
-    for name in (*own, "seed", "precision", "val_split"):
+    for name in (*own, "seed", "precision", "val_split", "cache_size"):
         if getattr(args, name) != config.get(name):
             settings[name] = getattr(args, name)
     if args.eval != "clustering":
         settings["labels"] = args.label_fraction
     if args.eval == "linear":
         settings |= {"lr": args.probe_lr, "momentum": args.probe_momentum, "views": args.probe_views}
-    return settings | ({"network": args.checkpoint or args.run} if args.out else {})
+    return settings
 
 
 def named(args, settings, part):
     """The name of a block of results, and the words that stand beside its numbers."""
-    values = (
-        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
-        for name, value in settings.items()
-    )
+    values = (f"{name}={shlex.quote(str(value))}" for name, value in settings.items())
     words = evaluate.protocol_name(args, part)
     words += f"; {100 * args.label_fraction:g} % of the labels" if args.label_fraction < 1 else ""
     return " ".join([args.eval, *values, part]).rstrip(), words
@@ -281,13 +294,13 @@ def normalize(args, config, *image_sets):
     elif args.normalize in (["run"], ["dataset"]):
         source, args.normalize = "dataset", [list(x) for x in (image_sets[0].mean, image_sets[0].std)]
     else:
-        source = ",".join(f"{x:g}" for values in args.normalize for x in values)
+        source = ",".join(str(x) for values in args.normalize for x in values)
     for images in image_sets:
         images.mean, images.std = args.normalize
     return source
 
 
-def keep_labels(images, args, process, dataset):
+def keep_labels(images, args, process, settings):
     """The ImageSet with the share of each class that --label_fraction asks for, the same for every network,
     and saved beside the results. Raises UserError where that is no image of a class."""
     if args.label_fraction == 1:
@@ -297,15 +310,16 @@ def keep_labels(images, args, process, dataset):
         words = f"--label_fraction {args.label_fraction:g} leaves no image of {images.classes[empty[0]]}"
         raise UserError(f"{words}: choose a larger one")
     if process.main and (path := results_path(args)):
-        name = f"labels {dataset} {args.label_fraction:g} seed{args.seed}.json"
-        write_json(path.with_name(name.replace("/", "-").replace(" ", "_")), kept.tolist())
+        drawn = {"dataset": settings["dataset"], "labels": args.label_fraction, "seed": args.seed}
+        name = " ".join(f"{name}={value}" for name, value in {**drawn, "val_split": args.val_split}.items())
+        write_results(path.with_name("labels.json"), {name: kept.tolist()})
     return images.subset(kept)
 
 
 def codes_of(network, features):
     """FALCON's codes of features [N, F], int64 [N]; None for methods, and networks of others, without
     codes."""
-    if network is None or network["config"] is None:
+    if network is None or "method" not in (network["config"] or ()):
         return None
     config = argparse.Namespace(**network["config"])
     method = find(config.method)(build_backbone(config.backbone, config.width, config.stem), config)

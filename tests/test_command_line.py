@@ -73,7 +73,7 @@ def handles_signals(pid):
 
 
 def test_run_folder(folder):
-    names = {path.name.split(".out.")[0] for path in folder.iterdir()} - {".lock"}
+    names = {path.name.split(".out.")[0] for path in folder.iterdir() if path.name[0] != "."}
     assert names == set(
         "config.json metrics.jsonl results.json accuracy_matrix.png accuracy_matrix.pdf task0.pt task1.pt "
         "last.pt last.prev.pt split.pt events".split()

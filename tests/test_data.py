@@ -140,7 +140,7 @@ def test_labels_from_elsewhere(data, tmp_path, capsys):
         fails(capsys, f"--run {tmp_path / 'run'} {flag}", flag.split()[0], script=main_linear)
     assert run(f"--run {tmp_path / 'run'} --protocol knn", main_linear) == 0
     found = trees.results(tmp_path / "run")
-    assert [block["matrix"] for name, block in found.items() if name.endswith("labels=1")] == [matrix]
+    assert [block["matrix"] for name, block in found.items() if name.endswith("labels=1.0")] == [matrix]
     other = f"--checkpoint {tmp_path / 'run' / 'task1.pt'} --dataset digits --protocol knn"  # has other tasks
     assert run(other, main_linear) == 0
     wrong = f"--probe_data_dir {data / 'unlabelled'}"

@@ -13,6 +13,7 @@ from data.datasets import load_dataset
 from models.learner import Learner
 from models.resnet import build_backbone
 from utils import evaluate, metrics
+from utils.run import write_results
 
 FINETUNE = f"{TINY} --num_tasks 2 --regularizer finetune"
 
@@ -60,13 +61,16 @@ def test_numbers_stand_beside_each_other(folder, capsys):
     alone = linear(folder, f"--probe_lr {sweep['probe_lr'][1]} --probe_momentum 0.5")[""]
     assert sweep["matrix"][1] == alone["matrix"][1]
     assert linear(folder) == {}  # the same command writes the same numbers again
-    assert len(trees.results(folder)) == len(trained) + 2 + 8
+    assert "rows" in linear(folder, "--protocol knn --transfer digits")[""]  # beside the run's own matrix
+    assert len(trees.results(folder)) == len(trained) + 2 + 8 + 2
     for flag in (
         "--num_tasks 10",
         "--dataset cifar10",
         "--scenario data",
         "--normalize 1 0",
         "--normalize nan 1",
+        "--normalize sweep",
+        "--probe_momentum 0.5",
     ):
         fails(capsys, f"--run {folder} --protocol knn {flag}", flag.split()[0], script=main_linear)
 
@@ -91,20 +95,23 @@ def test_transfer(finished, folder, tmp_path, capsys):
     found = linear(folder, f"--protocol knn --transfer {tmp_path / 'alone'} --val_split 0.25 --workers 0")
     assert found[""]["settings"]["val_split"] == 0.25
     fails(capsys, f"--run {folder} --transfer cifar11", "cifar11", script=main_linear)
+    fails(capsys, f"--run {folder} --probe_lr run", "--probe_lr", "number or sweep", script=main_linear)
+    shutil.copytree(finished / "cifar", tmp_path / "other")  # two sets of one name are two
+    assert len(linear(folder, f"--protocol knn --transfer cifar10={tmp_path / 'other'}")) == 2
 
 
 def test_labels(folder, capsys):
     """The share of each class, the same for every network and each time, and saved; no class goes without."""
     linear(folder, "--protocol knn --label_fraction 0.1")
-    (file,) = folder.glob("labels*.json")
-    drawn = json.loads(file.read_text())
+    file = folder / "labels.json"
+    ((name, drawn),) = json.loads(file.read_text()).items()
+    assert name == "dataset=digits labels=0.1 seed=5 val_split=None"
     labels = load_dataset(arguments())[0].labels
     counts = torch.bincount(labels).mul(0.1).round().long()
     assert sorted(set(drawn)) == drawn and torch.equal(torch.bincount(labels[drawn]), counts)
     file.unlink()
-    assert (
-        linear(folder, "--protocol knn --label_fraction 0.1") == {} and json.loads(file.read_text()) == drawn
-    )
+    assert linear(folder, "--protocol knn --label_fraction 0.1") == {}
+    assert json.loads(file.read_text()) == {name: drawn}
     for flags in ("--label_fraction 0.001", "--label_fraction 0.1 --protocol clustering"):
         fails(capsys, f"--run {folder} {flags}", "--label_fraction", script=main_linear)
 
@@ -209,6 +216,11 @@ def test_plasticity(folder, tmp_path, capsys, monkeypatch):
     linear(tmp_path / "alone", "--protocol knn")
     found = linear(folder, f"--protocol knn --reference {tmp_path / 'alone'}")
     assert found[""]["plasticity"] == pytest.approx(expected)
+    out = f"--protocol knn --reference {tmp_path / 'alone'} --out {tmp_path / 'out.json'}"
+    assert run(f"--run {folder} {out}", main_linear) == 0
+    blocks = json.loads((tmp_path / "out.json").read_text())
+    assert next(iter(blocks.values()))["plasticity"] == pytest.approx(expected)
+    assert all(f"network={folder} reference=" in name for name in blocks)
     assert run(f"{FINETUNE} --reference {tmp_path / 'alone'} --out_dir {tmp_path / 'again'}") == 0
     assert trees.results(tmp_path / "again")["plasticity"] == pytest.approx(expected)
     fails(capsys, f"{FINETUNE} --reference {folder} --out_dir {tmp_path / 'x'}", "--reference")
@@ -216,3 +228,27 @@ def test_plasticity(folder, tmp_path, capsys, monkeypatch):
         flags = f"{FINETUNE} {changed} --reference {tmp_path / 'alone'} --out_dir {tmp_path / 'x'}"
         fails(capsys, flags, changed.split()[0])
     fails(capsys, f"{TINY} --single_tasks --out_dir {tmp_path / 'x'}", "--single_tasks")
+
+
+def test_a_network_that_diverged(folder, capsys):
+    """Is named before the others are evaluated; it cannot be evaluated, nor exported."""
+    network = torch.load(folder / "task1.pt")
+    network["backbone"]["conv1.weight"][0] = torch.nan
+    torch.save(network, folder / "task1.pt")
+    fails(capsys, f"--run {folder} --protocol knn", "task1.pt", "not finite", script=main_linear)
+
+
+def write_ten(path, first):
+    for number in range(first, first + 10):
+        write_results(path, {str(number): number})
+
+
+def test_two_evaluations_at_once(tmp_path):
+    """Of one run: the numbers of both are kept."""
+    path, context = tmp_path / "results.json", torch.multiprocessing.get_context("fork")
+    writers = [context.Process(target=write_ten, args=(path, first)) for first in (0, 10, 20)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert sorted(json.loads(path.read_text()).values()) == list(range(30))

@@ -215,7 +215,8 @@ def test_export(tmp_path, stem):
         path = tmp_path / f"network{suffix}"
         assert export.main(export.parse_arguments([str(tmp_path), "--out", str(path)])) is None
         card = json.loads(Path(f"{path}.json").read_text())
-        assert card["accuracy"] == [{"protocol": "words", "row": [40.0, 60.0]}] * 2 and card["tasks"] == [
+        assert [*card["accuracy"].values()] == [{"protocol": "words", "row": [40.0, 60.0]}] * 2
+        assert card["tasks"] == [
             [0],
             [1],
         ]

@@ -255,7 +255,7 @@ def test_main_linear(tmp_path):
     start_ranks(rank_run, 2, free_port(), f"--run {tmp_path / 'two'} --protocol knn", "main_linear")
     assert run(f"--run {tmp_path / 'one'} --protocol knn", main_linear) == 0
     one, two = ((tmp_path / name / "results.json").read_text() for name in ("one", "two"))
-    (block,) = (block for name, block in json.loads(one).items() if name.endswith("labels=1"))
+    (block,) = (block for name, block in json.loads(one).items() if name.endswith("labels=1.0"))
     assert one == two and len(block["matrix"]) == 2
 
 

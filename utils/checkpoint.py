@@ -93,7 +93,7 @@ def load(path):
                 f"it holds a Python object ({found and (found[1] or found[2])}), which is not opened: if you "
             )
             reason += "trust it, keep its tensors: c = torch.load(FILE, weights_only=False); "
-            reason += "torch.save(c['state_dict'], NEW)"
+            reason += "torch.save(c['state_dict'], NEW), of a model torch.save(c.state_dict(), NEW)"
         raise UserError(f"cannot read checkpoint {path}: {reason}") from error
 
 
@@ -120,14 +120,14 @@ def load_last(folder, warn=True):
 
 
 def read_network(path):
-    """A backbone, and the heads that came with it, from any of these layouts: taskN.pt; solo-learn's,
-    CaSSLe's and PNR's ("state_dict" with encoder.*, projector.*, momentum_*); MoCo's (module.encoder_q.*); a
-    bare torchvision state_dict. Returns a dict: "backbone" and "heads" (state_dicts, in this project's
-    names), "config" (the arguments of the run that wrote it, or None), and "left_out" (what has no place
-    here: the first part of its names)."""
+    """A backbone, and the heads that came with it, of a taskN.pt or any layout that is KNOWN. Returns a dict:
+    "backbone" and "heads" (state_dicts, in this project's names), "config" (the arguments of the run that
+    wrote it, or None), and "left_out" (what has no place here: the first part of its names)."""
     content = load(path)
     content = content if isinstance(content, dict) else {}
     if all(isinstance(content.get(k), dict) for k in ("backbone", "heads")):
+        if not all(x.isfinite().all() for x in content["backbone"].values()):
+            raise UserError(f"{path} holds weights that are not finite: its training has diverged")
         config = content.get("config")
         return {**content, "config": config if isinstance(config, dict) else None, "left_out": set()}
     content = next((content[k] for k in ("state_dict", "model") if isinstance(content.get(k), dict)), content)

@@ -12,6 +12,7 @@ from utils.metrics import reference_row, summary
 
 ALONE = Process(torch.device("cpu"))
 PROBE_EPOCHS, PROBE_BATCH, PROBE_DROPS = 100, 256, (60, 80)
+CHOICE_EPOCHS, CHOICE_DROPS = 60, (48, 54)  # of --probe_lr sweep: fewer, mostly where the rate is small
 SWEEP = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # rates of --probe_lr sweep
 KNN_K, KNN_TEMPERATURE, KNN_CHUNK = 200, 0.07, 512
 
@@ -47,10 +48,10 @@ def features_of(args, process, backbone):
 
 class SoftmaxRegression:
     """Linear classifiers that start from zero, one for each of R rates, on the same batches: SGD with
-    momentum and without weight decay, lr x 0.1 at 60 % and 80 % of the epochs. Each rank gives its own share
-    of the features; a batch is drawn from all shares, its gradient summed over ranks."""
+    momentum and without weight decay, lr x 0.1 at the epochs `drops`. Each rank gives its own share of the
+    features; a batch is drawn from all shares, its gradient summed over ranks."""
 
-    def __init__(self, dim, num_classes, rates, momentum, seed, epochs, process, dtype=torch.float64):
+    def __init__(self, dim, num_classes, rates, momentum, seed, drops, process, dtype=torch.float64):
         # at the papers' rates training amplifies rounding to a point of accuracy; in float64 the sums' order
         # does not show
         self.count, self.classes, device = len(rates), num_classes, process.device
@@ -58,8 +59,8 @@ class SoftmaxRegression:
         self.bias, self.momentum = torch.zeros_like(self.weight[:, 0]), momentum
         self.velocities = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
         self.lr = torch.tensor(rates, device=device, dtype=dtype).repeat_interleave(num_classes)
-        self.drops = [epochs * drop // PROBE_EPOCHS for drop in PROBE_DROPS]
         self.rng, self.process, self.epoch = torch.Generator().manual_seed(seed), process, 0
+        self.drops = drops
 
     def logits(self, x):
         """[n, R, C] of features [n, F]."""
@@ -96,7 +97,8 @@ def linear_probe(features, parts, test_x, num_classes, lr, momentum, seed, epoch
     parts, in a list. features: of an epoch (0, 1, ...), a function that returns float [N, F] and labels int64
     [N]; parts: bool [N], the rows that a classifier learns from. All are this rank's share, of which the
     probabilities are, too. Raises UserError if the training diverges."""
-    settings = test_x.shape[1], num_classes, [lr], momentum, seed, epochs, process
+    drops = [epochs * drop // PROBE_EPOCHS for drop in PROBE_DROPS]
+    settings = test_x.shape[1], num_classes, [lr], momentum, seed, drops, process
     probes = [SoftmaxRegression(*settings) for _ in parts]
     rows = [slice(None) if part.all() else part for part in parts]
     for epoch in range(epochs):
@@ -112,15 +114,13 @@ def linear_probe(features, parts, test_x, num_classes, lr, momentum, seed, epoch
 
 def choose_lr(features, part, num_classes, momentum, seed, process=ALONE):
     """Of SWEEP the rate whose classifier is best on a tenth of the training data that it did not learn from.
-    All rates are tried at once, in float32, twice as large for half the epochs, which goes as far. features,
-    part: as in `linear_probe`."""
-    counts, epochs = process.collect(len(part)), PROBE_EPOCHS // 2
+    All rates are tried at once, in float32, for CHOICE_EPOCHS. features, part: as in `linear_probe`."""
+    counts = process.collect(len(part))
     held_out = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(seed)) % 10 == 0
     held_out = held_out[sum(counts[: process.rank]) :][: len(part)].to(part.device)
-    rates = [2 * lr for lr in SWEEP]
-    settings = num_classes, rates, momentum, seed, epochs, process, torch.float32
+    settings = num_classes, SWEEP, momentum, seed, CHOICE_DROPS, process, torch.float32
     probes = SoftmaxRegression(features(0)[0].shape[1], *settings)
-    for epoch in range(epochs):
+    for epoch in range(CHOICE_EPOCHS):
         x, y = features(epoch)
         probes.train_one_epoch(x[part & ~held_out], y[part & ~held_out])
     x, y = (values[part & held_out] for values in features(0))
@@ -252,8 +252,13 @@ def protocol_name(args, name=""):
         return f"online linear probe ({args.online_probe}): {how}; {joint}; {images}"
     linear = args.eval == "linear"
     k, kind = (name[1:].partition(" ")[::2]) if name.startswith("k") else (KNN_K, name)
+    own = (
+        f"at test among the task's own classes of {joint}"
+        if linear
+        else "neighbours of the task's own classes"
+    )
     name, joint = {
-        "task_masked": (", task-masked", "at test among the task's own classes" + linear * f" of {joint}"),
+        "task_masked": (", task-masked", own),
         "task_level": (", task level", f"{joint}, whose scores are summed for each task"),
         "linear_per_domain": (", per domain", f"{joint} for each domain, which learns from its images"),
     }.get(kind, ("", joint))
@@ -266,12 +271,8 @@ def protocol_name(args, name=""):
     views = crops if args.probe_views == "augmented" else "no augmentation"
     lr = f"lr {args.probe_lr}"
     if args.probe_lr == "sweep":
-        lr = f"lr of {SWEEP} chosen for each network on a held-out tenth of the training data (in float32, "
-        lr += (
-            "twice the rate for half the epochs"
-            + ", for all domains together" * (kind == "linear_per_domain")
-            + ")"
-        )
+        lr = f"lr of {SWEEP} chosen for each network, all domains together, on a held-out tenth of the "
+        lr += f"training data (in float32, {CHOICE_EPOCHS} epochs, lr x 0.1 at epochs {CHOICE_DROPS})"
     sgd = f"SGD in float64, {lr}, momentum {args.probe_momentum:g}, {PROBE_EPOCHS} epochs, "
     sgd += f"batch {PROBE_BATCH}, lr x 0.1 at epochs 60 and 80"
     return f"offline linear probe{name}: {sgd}; {joint}; frozen network, {views}; {images}"

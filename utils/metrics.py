@@ -37,14 +37,14 @@ def learning_accuracy(matrix):
 
 def forgetting(matrix):
     """1/(T-1) sum over k < T of max over t of (a[k][t] - a[k][T]), PNR's stability S; None for one task.
-    Source: Fini et al. (CVPR 2022)."""
+    Source: Chaudhry et al. (ECCV 2018), as in CaSSLe (CVPR 2022)."""
     last = len(matrix) - 1
     return sum(max(row[k] for row in matrix) - matrix[-1][k] for k in range(last)) / last if last else None
 
 
 def forward_transfer(matrix, random_row):
     """1/(T-1) sum over k >= 2 of (a[k][k-1] - R_k), R: a random backbone's row; None without it, or for one
-    task. Source: Fini et al. (CVPR 2022)."""
+    task. Source: Lopez-Paz and Ranzato (NeurIPS 2017), as in CaSSLe (CVPR 2022)."""
     last = len(matrix) - 1
     if not last or random_row is None:
         return None
@@ -58,9 +58,15 @@ def knowledge_gain(matrix):
     return sum(matrix[k][k] - matrix[k - 1][k] for k in range(1, last + 1)) / last if last else None
 
 
+def consolidation(matrix):
+    """How often the last network finds the task of an image, argmax over t of p(t | x), mean over tasks.
+    matrix: of these accuracies. Source: Zhang et al., Osiris (CoLLAs 2024)."""
+    return average_accuracy(matrix)
+
+
 def plasticity(matrix, single_task):
     """1/(T-1) sum over j < T of 1/(T-j) sum over k > j of (a[k][j] - FT_k), FT: accuracies of models trained
-    on one task each; None without them, or for one task."""
+    on one task each; None without them, or for one task. Source: Cha et al., PNR (ICML 2024)."""
     count = len(matrix)
     if count < 2 or single_task is None:
         return None
@@ -103,7 +109,7 @@ def summary(matrix, num_tasks, protocol, random_row=None, single_task=None, alon
         "forward_transfer": forward_transfer(seen, random_row),
         "knowledge_gain": knowledge_gain(seen),
         "plasticity": plasticity(seen, single_task),
-        "consolidation": average_accuracy(seen) if part.endswith("task_level") else None,
+        "consolidation": consolidation(seen) if part.endswith("task_level") else None,
         "random_backbone": random_row,
         "protocol": protocol,
         "tasks": num_tasks,

@@ -57,8 +57,12 @@ def read_results(path):
 
 
 def write_results(path, blocks):
-    """Puts the blocks into a results.json; what is there under other names stays."""
-    write_json(Path(path), {**read_results(path), **blocks})
+    """Puts the blocks into a results.json; what is there under other names stays, also what another process
+    is about to write."""
+    path = Path(path)
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        write_json(path, {**read_results(path), **blocks})
 
 
 def environment():
