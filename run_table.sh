@@ -6,6 +6,7 @@
 #   RUNS=DIR   where the run folders lie (runs/TABLE); the report goes to RUNS/report
 #   DATA, GPUS, TASKS, SCENARIO, PYTHON   as for the run scripts; FLAGS="..."  further flags of main_cssl.py for every run
 #   SMOKE=1    all of it on tiny digits, in minutes
+# TABLE=cifar100 sbatch slurm/cssl.sbatch runs the same cells as a job array.
 # A method's first task is trained once for each seed, by fine-tuning; the others start from it. A cell that fails is named at the
 # end, with status 1; the same command tries it again.
 set -euo pipefail
@@ -23,6 +24,11 @@ shift
 SEEDS=${*:-5 6 7} RUNS=${RUNS:-runs/$TABLE} FAILED=()
 read -ra EXTRA <<< "${FLAGS:-}"
 export PYTHON
+running=
+for signal in HUP INT TERM USR1; do # the run saves and leaves
+  # shellcheck disable=SC2064
+  trap "kill -$signal \$running 2> /dev/null || exit 130" $signal
+done
 
 # cell NAME METHOD REGULARIZER [flags]: one run, unless it has ended well before
 cell() {
@@ -35,7 +41,10 @@ cell() {
             --batch_size 32 --eval knn --online_probe off --device cpu)
   fi
   echo "== $name"
-  OUT=$RUNS/$name bash "$ROOT/$SCRIPT" "$method" "$regularizer" ${small[@]+"${small[@]}"} --seed "$seed" "$@" ${EXTRA[@]+"${EXTRA[@]}"} || status=$?
+  OUT=$RUNS/$name bash "$ROOT/$SCRIPT" "$method" "$regularizer" ${small[@]+"${small[@]}"} --seed "$seed" "$@" ${EXTRA[@]+"${EXTRA[@]}"} &
+  running=$!
+  while wait "$running" || status=$?; kill -0 "$running" 2> /dev/null; do status=0; done # a signal ends `wait` early
+  running=
   [ "$status" -le 128 ] || exit "$status" # stopped by a signal
   if [ "$status" -eq 0 ]; then touch "$RUNS/$name/.complete"; else FAILED+=("$name (status $status)"); fi
 }

@@ -75,8 +75,8 @@ def handles_signals(pid):
 def test_run_folder(folder):
     names = {path.name.split(".out.")[0] for path in folder.iterdir() if path.name[0] != "."}
     assert names == set(
-        "config.json metrics.jsonl results.json accuracy_matrix.png accuracy_matrix.pdf task0.pt task1.pt "
-        "last.pt last.prev.pt split.pt events".split()
+        "config.json metrics.jsonl speed.jsonl results.json accuracy_matrix.png accuracy_matrix.pdf task0.pt "
+        "task1.pt last.pt last.prev.pt split.pt events".split()
     )
     config, found = json.loads((folder / "config.json").read_text()), results(folder)
     assert config["arguments"]["seed"] == 5 and None not in [

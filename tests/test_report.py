@@ -30,6 +30,8 @@ def make(folder, matrix=((50.0, 0.0), (40.0, 60.0)), words=WORDS, **changes):
     (folder / "results.json").write_text(json.dumps(block))
     epoch = {"kind": "epoch", "step": 3, "loss": 1.0, "feature_std": 0.5}
     (folder / "metrics.jsonl").write_text(json.dumps(epoch) + "\n")
+    speed = {"kind": "epoch", "images_per_second": 900.0, "seconds": 90.0}
+    (folder / "speed.jsonl").write_text((json.dumps(speed) + "\n") * 2)
     return folder
 
 
@@ -54,18 +56,13 @@ def test_tables(runs, tmp_path, capsys):
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 100 + len(str(tmp_path))
     groups = report.group([report.read(run) for run in runs])
-    assert [setting["epochs"] for setting, _ in groups] == [2, 500]
-    grid = groups[0][1]
+    assert [each.setting["epochs"] for each in groups] == [2, 500]
+    grid = groups[0].grid
     assert [*grid] == [("MoCo v2+", name) for name in ("CaSSLe, lr 0.6", "CaSSLe, lr 0.3", "PNR", "joint")]
-    ((words, rows),) = report.tables(*groups[0])
-    _, label, seeds, values, paper = rows[2]
-    assert (words, label, seeds, paper) == (WORDS, "PNR", [5, 6], None)
-    assert (
-        values["average_accuracy"] == [50, 60]
-        and values["forgetting"] == [10, 0]
-        and values["plasticity"] == []
-    )
-    spread = f"55.00 ± {statistics.stdev([50, 60]):.2f}"
+    ((words, (_, *rows)),) = groups[0].tables
+    spread, forgotten = f"55.00 ± {statistics.stdev([50, 60]):.2f}", f"5.00 ± {statistics.stdev([10, 0]):.2f}"
+    assert words == WORDS and rows[2] == ["MoCo v2+", "PNR", spread, forgotten, "", "", "2", ""]
+    assert report.costs(grid)[1] == ["MoCo v2+", "CaSSLe, lr 0.6", "5", "900", "3"]
     texts = [(tmp_path / "out" / name).read_text() for name in ("index.html", "tables.md", "tables.tex")]
     assert spread in out and spread in texts[0] and spread in texts[1] and r"55.00 $\pm$ 7.07" in texts[2]
     assert "epochs 500 instead of 2" in texts[0] and texts[0].count("data:image/png") >= 6
@@ -83,11 +80,11 @@ def test_the_papers_figure(tmp_path):
     """Stands only beside numbers of its own benchmark and protocol."""
     row = [[0.0] * 5] * 5
     online = "online linear probe (released): learns"
-    cases = {"on": (5, online, 59.5), "off": (5, WORDS, None), "two": (2, online, None)}
+    cases = {"on": (5, online, "59.5"), "off": (5, WORDS, ""), "two": (2, online, "")}
     for name, (tasks, words, expected) in cases.items():
         run = report.read(make(tmp_path / name, row[:tasks], words, num_tasks=tasks, regularizer="cassle"))
         (group,) = report.group([run])
-        assert report.tables(*group)[0][1][0][-1] == expected
+        assert group.tables[0][1][1][-1] == expected
 
 
 def test_what_cannot_be_shown_is_named(runs, tmp_path, capsys):

@@ -188,6 +188,15 @@ def test_slurm_saves_and_requeues(cluster, tmp_path):
             assert (tmp_path / "requeued").read_text().split() == ["requeue", "70007"]
             (tmp_path / "requeued").unlink()
     assert not (tmp_path / "requeued").exists()
+    job = cluster(2, "--epochs", "3", TABLE="ablation", SEEDS="5 6", METHODS="moco byol", RUNS=str(tmp_path))
+    while not (tmp_path / "calls").exists():
+        assert job.poll() is None, job.stderr.read()
+        time.sleep(0.01)
+    time.sleep(0.3)
+    job.send_signal(signal.SIGUSR1)
+    out, error = job.communicate(timeout=60)
+    assert job.returncode == 138 and "== finetune-byol-seed5\nsaved" in out, (out, error)
+    assert "--epochs 3" in (tmp_path / "calls").read_text() and (tmp_path / "requeued").exists()
     for index in (18, -1):
         _, error = (job := cluster(index)).communicate(timeout=60)
         assert job.returncode == 2 and "--array=0-17" in error

@@ -1,7 +1,7 @@
 """What a run says while it trains: metrics.jsonl, TensorBoard, and a progress bar or plain lines.
 
 metrics.jsonl holds only what the seed decides, so that two runs of one command can be compared with diff;
-timings go to TensorBoard and to the terminal.
+timings go to speed.jsonl, TensorBoard and the terminal.
 """
 
 import json

@@ -113,7 +113,7 @@ class Run:
                 f"{k}/{score}" for k, how in kinds.items() if how not in ("none", "off") for score in SCORES
             ]
             self.log.hparams(first | plain, tags)
-        self.started = self.last_save = time.monotonic()
+        self.started = self.last_save = self.told = time.monotonic()
         self.seconds_saving, self.leaving = 0.0, False
 
     def open_folder(self):
@@ -213,6 +213,17 @@ class Run:
         if self.process.device.type == "cuda":
             speed["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.process.device) / 2**30
         self.log.scalars("speed", self.global_step, speed)
+        if kind == "epoch" and self.main:
+            since, self.told = self.told, time.monotonic()
+            line = {
+                "kind": kind,
+                "task": self.task,
+                "epoch": self.epoch,
+                "seconds": self.told - since,
+                **speed,
+            }
+            with open(self.folder / "speed.jsonl", "a") as file:
+                print(json.dumps(line), file=file)
         if self.last_std < self.start_std / 10 and self.warned < self.task:
             fall = f"from {self.start_std:.2g} to {self.last_std:.2g} since the task began, task {self.task}"
             advice = "they are collapsing; more --warmup_epochs or a lower --lr may prevent that"
