@@ -21,7 +21,7 @@ def timed(name, function):
 
 
 def train(dtype):
-    probe = evaluate.SoftmaxRegression(512, 100, [0.1], 0.0, 0, evaluate.PROBE_DROPS, evaluate.ALONE, dtype)
+    probe = evaluate.SoftmaxRegression(512, 100, [0.1], 0.0, 0, 100, evaluate.ALONE, dtype)
     for _ in range(100):
         probe.train_one_epoch(x, y)
 

@@ -105,8 +105,7 @@ def test_linear_probe_against_a_loop(momentum):
 def test_sweep_against_a_loop(monkeypatch):
     """The rate that is best on a tenth of the training images, each trained on the others alone."""
     monkeypatch.setattr(evaluate, "SWEEP", rates := (0.001, 0.03, 30.0, 1e38))  # the last diverges
-    monkeypatch.setattr(evaluate, "CHOICE_EPOCHS", 10)
-    monkeypatch.setattr(evaluate, "CHOICE_DROPS", (6, 8))
+    monkeypatch.setattr(evaluate, "SWEEP_EPOCHS", 10)
     torch.manual_seed(0)
     x, y = torch.randn(2000, 5), torch.randint(0, 3, (2000,))
     x[:, 0] += 1.5 * y

@@ -12,8 +12,8 @@ from utils.metrics import reference_row, summary
 
 ALONE = Process(torch.device("cpu"))
 PROBE_EPOCHS, PROBE_BATCH, PROBE_DROPS = 100, 256, (60, 80)
-CHOICE_EPOCHS, CHOICE_DROPS = 60, (48, 54)  # of --probe_lr sweep: fewer, mostly where the rate is small
-SWEEP = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # rates of --probe_lr sweep
+# --probe_lr sweep: rates, and the epochs that tell them apart
+SWEEP, SWEEP_EPOCHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), 60
 KNN_K, KNN_TEMPERATURE, KNN_CHUNK = 200, 0.07, 512
 
 
@@ -48,10 +48,10 @@ def features_of(args, process, backbone):
 
 class SoftmaxRegression:
     """Linear classifiers that start from zero, one for each of R rates, on the same batches: SGD with
-    momentum and without weight decay, lr x 0.1 at the epochs `drops`. Each rank gives its own share of the
-    features; a batch is drawn from all shares, its gradient summed over ranks."""
+    momentum and without weight decay, lr x 0.1 at 60 % and 80 % of the epochs. Each rank gives its own share
+    of the features; a batch is drawn from all shares, its gradient summed over ranks."""
 
-    def __init__(self, dim, num_classes, rates, momentum, seed, drops, process, dtype=torch.float64):
+    def __init__(self, dim, num_classes, rates, momentum, seed, epochs, process, dtype=torch.float64):
         # at the papers' rates training amplifies rounding to a point of accuracy; in float64 the sums' order
         # does not show
         self.count, self.classes, device = len(rates), num_classes, process.device
@@ -60,7 +60,7 @@ class SoftmaxRegression:
         self.velocities = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
         self.lr = torch.tensor(rates, device=device, dtype=dtype).repeat_interleave(num_classes)
         self.rng, self.process, self.epoch = torch.Generator().manual_seed(seed), process, 0
-        self.drops = drops
+        self.drops = [epochs * drop // PROBE_EPOCHS for drop in PROBE_DROPS]
 
     def logits(self, x):
         """[n, R, C] of features [n, F]."""
@@ -97,8 +97,7 @@ def linear_probe(features, parts, test_x, num_classes, lr, momentum, seed, epoch
     parts, in a list. features: of an epoch (0, 1, ...), a function that returns float [N, F] and labels int64
     [N]; parts: bool [N], the rows that a classifier learns from. All are this rank's share, of which the
     probabilities are, too. Raises UserError if the training diverges."""
-    drops = [epochs * drop // PROBE_EPOCHS for drop in PROBE_DROPS]
-    settings = test_x.shape[1], num_classes, [lr], momentum, seed, drops, process
+    settings = test_x.shape[1], num_classes, [lr], momentum, seed, epochs, process
     probes = [SoftmaxRegression(*settings) for _ in parts]
     rows = [slice(None) if part.all() else part for part in parts]
     for epoch in range(epochs):
@@ -114,13 +113,13 @@ def linear_probe(features, parts, test_x, num_classes, lr, momentum, seed, epoch
 
 def choose_lr(features, part, num_classes, momentum, seed, process=ALONE):
     """Of SWEEP the rate whose classifier is best on a tenth of the training data that it did not learn from.
-    All rates are tried at once, in float32, for CHOICE_EPOCHS. features, part: as in `linear_probe`."""
+    All rates are tried at once, in float32, for SWEEP_EPOCHS. features, part: as in `linear_probe`."""
     counts = process.collect(len(part))
     held_out = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(seed)) % 10 == 0
     held_out = held_out[sum(counts[: process.rank]) :][: len(part)].to(part.device)
-    settings = num_classes, SWEEP, momentum, seed, CHOICE_DROPS, process, torch.float32
+    settings = num_classes, SWEEP, momentum, seed, SWEEP_EPOCHS, process, torch.float32
     probes = SoftmaxRegression(features(0)[0].shape[1], *settings)
-    for epoch in range(CHOICE_EPOCHS):
+    for epoch in range(SWEEP_EPOCHS):
         x, y = features(epoch)
         probes.train_one_epoch(x[part & ~held_out], y[part & ~held_out])
     x, y = (values[part & held_out] for values in features(0))
@@ -272,7 +271,7 @@ def protocol_name(args, name=""):
     lr = f"lr {args.probe_lr}"
     if args.probe_lr == "sweep":
         lr = f"lr of {SWEEP} chosen for each network, all domains together, on a held-out tenth of the "
-        lr += f"training data (in float32, {CHOICE_EPOCHS} epochs, lr x 0.1 at epochs {CHOICE_DROPS})"
+        lr += f"training data (in float32, {SWEEP_EPOCHS} epochs)"
     sgd = f"SGD in float64, {lr}, momentum {args.probe_momentum:g}, {PROBE_EPOCHS} epochs, "
     sgd += f"batch {PROBE_BATCH}, lr x 0.1 at epochs 60 and 80"
     return f"offline linear probe{name}: {sgd}; {joint}; frozen network, {views}; {images}"
