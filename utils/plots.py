@@ -59,12 +59,13 @@ def mean_matrix(matrices):
 
 
 def plot_curves(curves, x_label, y_label):
-    """curves: {name: (x, y)}."""
-    figure = Figure(figsize=(8, 4), dpi=110, layout="constrained")
+    """curves: {name: (x, y)}, x whole numbers."""
+    figure = Figure(figsize=(8, max(4, 0.17 * len(curves))), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     for number, (name, (x, y)) in enumerate(curves.items()):
         style = ("-", "--", ":", "-.")[number // 10 % 4]
         axes.plot(x, y, style, label=name, marker="o" if len(x) < 20 else None, markersize=3)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure

@@ -171,22 +171,25 @@ def cells(runs):
 
 
 def tables(setting, grid):
-    """Of each protocol: its words, and rows of cells as text, the header first."""
+    """Of each protocol: its words, and rows of cells as text, the header first. Where a seed was run more
+    than once, that is told."""
     found = {}
     for key, runs in grid.items():
         for run in runs:
             blocks = {block["protocol"]: block for block in reversed(run.blocks.values())}  # one of a kind
             for words, block in reversed(blocks.items()):
-                found.setdefault(words, {}).setdefault(key, []).append(block)
+                found.setdefault(words, {}).setdefault(key, []).append((run.args["seed"], block))
     header, shown = ["method", "regulariser", *COLUMNS.values(), "seeds", "paper's A_T"], []
     for words, rows in found.items():
         known, body = paper(setting, words), []
-        for key, blocks in rows.items():
+        for key, pairs in rows.items():
+            seeds, blocks = zip(*pairs)
+            count = f"{len(set(seeds))}" + f" ({len(seeds)} runs)" * (len(set(seeds)) < len(seeds))
             means = [
                 b if "matrix" in b else {"average_accuracy": statistics.mean(b["rows"][-1])} for b in blocks
             ]
             scores = (spread([b[name] for b in means if b.get(name) is not None]) for name in COLUMNS)
-            body.append([*key, *scores, str(len(blocks)), known.get(key, "")])
+            body.append([*key, *scores, count, known.get(key, "")])
         shown.append((words, [header, *body]))
     return shown
 
