@@ -34,11 +34,11 @@ def parse_arguments(argv=None):
     add = add_network_arguments(parser)
     add("--method", choices=METHODS, default="moco", help="self-supervised loss")
     add("--regularizer", choices=REGULARIZERS, default="pnr", help="what keeps the old tasks")
-    text = (
-        "a task0.pt, or a released checkpoint, to start from instead of training task 0; or weights without "
-    )
-    text += "a projector, such as torchvision's, to train task 0 from"
+    text = "a taskN.pt, or a run's folder, to go on from after its tasks; a released checkpoint, which takes "
+    text += "the place of task 0; or weights without a projector, such as torchvision's, to train task 0 from"
     add("--init_from", metavar="CKPT", help=text)
+    text = "the first task to be trained, of a run that is continued (default: the one after --init_from)"
+    add("--start_task", type=int, metavar="T", help=text)
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=500, help="per task")
@@ -121,7 +121,7 @@ def main(args, stop):
         extract = evaluate.features_of(args, process, learner.method.backbone)
         run.random_rows = evaluate.accuracy_rows(args, process, extract, probe, extract(test), tasks)
     if initial is not None:
-        state, run.first_task_given = initial
+        state, run.given_tasks = initial
         learner.load_state_dict(state)
     untrained = copy.deepcopy(learner.state_dict()) if args.single_tasks else None
 
@@ -133,14 +133,19 @@ def main(args, stop):
         learner.begin_task(task, process.device, loader)
         optimizer = build_optimizer(args, learner)
         scaler = GradScaler(process.device.type, enabled=args.precision == "fp16")
-        epochs = 0 if task == 0 and run.first_task_given else args.epochs
+        epochs = 0 if task < run.given_tasks else args.epochs
         run.begin_task(task, epochs, loader, learner=learner, optimizer=optimizer, scaler=scaler)
         model = wrap(learner, process, args.compile)
         for epoch in range(run.epoch, epochs):
             batches = zip(loader.epoch(epoch, run.step), labelled(epoch, run.step))
             train_one_epoch(args, run, model, learner, optimizer, scaler, epoch, batches)
         if run.finished == task:  # otherwise the run was interrupted after this evaluation
-            learner.regularizer.end_task(task, learner.method, loader)
+            if task < run.given_tasks:
+                path = checkpoint.given(args.init_from, args.start_task)[task]
+                checkpoint.load_method(learner, path, args, tasks.names, task)
+                run.global_step += args.epochs * loader.steps  # so that curves of runs lie over each other
+            else:
+                learner.regularizer.end_task(task, learner.method, loader)
             run.save_network(learner)
             evaluate_task(args, process, run, learner, probe, test, tasks)
         run.end_task()
@@ -170,7 +175,7 @@ def build_data(args, process):
     """ImageSets to train on, to train classifiers on and to test on, in memory on the device, and the
     Tasks."""
     train, probe, test = process.rank0_first(lambda: load_dataset(args))
-    tasks = plan(train, test, args.scenario, args.num_tasks, args.seed)
+    tasks = plan(train, test, args)
     train.digest = train.checksum(tasks.train)
     for images in filter(None, (train, train.probe, test)):
         images.to(process.device)
@@ -242,16 +247,19 @@ def build_learner(args, process, probe=None):
 
 
 def load_initial(args, process, learner, tasks):
-    """The state that a new run starts from, read from --init_from, and whether its first task is done; None
+    """The state that a new run starts from, read from --init_from, and how many of its tasks are done; None
     where it starts from random weights or is resumed."""
     if not args.init_from or checkpoint.states(args.out_dir):
         return None
-    initial = copy.deepcopy(learner)
-    own = initial.method, args.init_from, args, tasks.names, initial.online
-    note, first_task_given = checkpoint.load_method(*own)
-    if process.main:
-        print(note, flush=True)
-    return initial.state_dict(), first_task_given
+    paths = checkpoint.given(args.init_from, args.start_task)
+    if len(paths) >= max(args.num_tasks, 2):
+        raise UserError(f"--init_from {args.init_from}: all of {args.num_tasks} tasks are done: ask for more")
+    for task, path in enumerate(paths):  # misfits are told before the folder is made
+        initial = copy.deepcopy(learner)
+        note, done = checkpoint.load_method(initial, path, args, tasks.names, task)
+        if process.main:
+            print(note, flush=True)
+    return (learner.state_dict(), len(paths)) if done else (initial.state_dict(), 0)
 
 
 def wrap(learner, process, compiled):

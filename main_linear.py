@@ -26,8 +26,12 @@ from models import add_network_arguments, resolve_network
 from utils.arguments import Parser
 from utils.stop import Stop
 
-OF_DATA = "data_dir cache cache_size probe_data_dir domain_order scenario num_tasks val_split".split()
-OF_THE_RUN = "dataset scenario num_tasks seed backbone width stem domain_order cache_size val_split".split()
+OF_DATA = "data_dir cache cache_size probe_data_dir domain_order class_order task_sizes scenario num_tasks"
+OF_DATA = [*OF_DATA.split(), "val_split"]
+OF_THE_RUN = (
+    "dataset scenario num_tasks seed backbone width stem domain_order class_order task_sizes cache_size"
+)
+OF_THE_RUN = [*OF_THE_RUN.split(), "val_split"]
 OF_PROBE = "probe_lr probe_views probe_momentum".split()
 NOT_OF_THE_RUN = "eval device workers out_dir reference download skip_corrupt".split()
 
@@ -171,7 +175,8 @@ def transfer_arguments(args, flag, name):
         raise UserError(f"{flag}: neither a folder nor NAME or NAME=DIR with NAME one of {known}")
     if other.dataset != "folder" or any((Path(other.data_dir) / test).is_dir() for test in ("test", "val")):
         other.val_split = None
-    other.scenario, other.num_tasks, other.domain_order, other.probe_data_dir = "class", 1, None, None
+    other.scenario, other.num_tasks = "class", 1
+    other.domain_order = other.class_order = other.task_sizes = other.probe_data_dir = None
     return other
 
 
@@ -217,7 +222,7 @@ def load_images(args, process, config):
     """The ImageSets to learn from and to test on, on the device and normalised, the Tasks, and what the
     normalisation is, in a word."""
     train, probe, test = process.rank0_first(lambda: load_dataset(args))
-    tasks = plan(train, test, args.scenario, args.num_tasks, args.seed)
+    tasks = plan(train, test, args)
     if test is None:
         advice = "pass --probe_data_dir DIR with both" + ", or --val_split 0.2" * bool(train.classes)
         raise UserError(f"{args.data_dir} has no labelled images in train/ and test/: {advice}")
@@ -267,7 +272,11 @@ def settings_of(args, config, source, transfer):
     dataset = args.dataset + f":{Path(args.data_dir).resolve()}" * (elsewhere and args.dataset != "digits")
     settings = {"dataset": dataset, "size": args.image_size, "normalize": source}
     settings |= {"transfer": True} if transfer else {}
-    own = () if transfer else ("scenario", "num_tasks", "domain_order", "probe_data_dir")
+    own = (
+        ()
+        if transfer
+        else ("scenario", "num_tasks", "domain_order", "class_order", "task_sizes", "probe_data_dir")
+    )
     for name in (*own, "seed", "precision", "val_split", "cache_size"):
         if getattr(args, name) != config.get(name):
             settings[name] = getattr(args, name)

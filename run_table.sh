@@ -38,7 +38,7 @@ cell() {
   if [ -n "${SMOKE:-}" ]; then
     read -ra small <<< "$("$PYTHON" -c "import sys; sys.path.insert(0, '$ROOT'); from losses import find; print(find('$method').small)" 2> /dev/null)"
     small+=(--dataset digits --scenario class --num_tasks "${TASKS:-5}" --backbone resnet10 --width 4 --image_size 8 --epochs 1
-            --batch_size 32 --eval knn --online_probe off --device cpu)
+            --batch_size 32 --optimizer adam --lr 1e-3 --eval knn --online_probe off --device cpu)
   fi
   echo "== $name"
   OUT=$RUNS/$name bash "$ROOT/$SCRIPT" "$method" "$regularizer" ${small[@]+"${small[@]}"} --seed "$seed" "$@" ${EXTRA[@]+"${EXTRA[@]}"} &

@@ -1,6 +1,8 @@
 """From disk to two augmented views: datasets -> scenarios -> loader -> augment."""
 
+import argparse
 import os
+from pathlib import Path
 
 # functions in datasets.py
 DATASETS = "digits cifar10 cifar100 svhn stl10 imagenet100 imagenet domainnet folder".split()
@@ -11,6 +13,14 @@ def default_workers():
     """Processes that decode, so that all ranks of this machine together use its cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def lines(path):
+    """The lines of a file, but for empty ones: a type for argparse."""
+    try:
+        return [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"cannot read {path}") from error
 
 
 def add_data_arguments(parser):
@@ -37,5 +47,14 @@ def add_data_arguments(parser):
     add("--skip_corrupt", action="store_true", help=text)
     add("--scenario", choices=SCENARIOS, default="class", help="what changes from task to task")
     add("--num_tasks", type=int, help="1 is joint training, the upper bound (default: 5; one per domain)")
+    text = "names of all classes, one a line, in the order in which they come (default: shuffled by --seed)"
+    add("--class_order", type=lines, metavar="FILE", help=text)
+    add(
+        "--task_sizes",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="classes of each task, where they are not equal",
+    )
     add("--seed", type=int, default=5, help="of everything: class order, weights, sample order, views")
     return add

@@ -86,7 +86,7 @@ def main(args):
                 advice.append(f"{name}: resize the images of another size")
     broken = torch.tensor(list(unreadable["train"]), dtype=torch.int64)
     try:
-        for task, part in enumerate(plan(train, test, args.scenario, args.num_tasks, args.seed).train):
+        for task, part in enumerate(plan(train, test, args).train):
             if (left := int((~torch.isin(part, broken)).sum())) < args.batch_size:
                 advice.append(f"task {task} has {left} images, fewer than --batch_size {args.batch_size}")
     except UserError as error:

@@ -20,20 +20,20 @@ class Tasks:
     test: list | None
 
 
-def split(labels, domains, num_classes, scenario, num_tasks, seed):
+def split(labels, domains, scenario, parts, num_tasks):
     """Which samples belong to which task: a list of num_tasks int64 index tensors, ascending, disjoint,
     covering everything. One task is joint training. labels: int64 [N], -1 for none; domains: int64 [N], or
-    None where there is only one. class: the classes are shuffled by `seed` (torch.randperm, as the released
-    code does) and cut into equal parts. data: random equal parts, the remainder to the first, from a seed of
-    its own (torch's random_split, as released). domain: one domain a task, in the order of their numbers.
-    Raises UserError where num_tasks or the data do not fit the scenario."""
+    None where there is only one. class: parts, the classes of each task, int64. data: random equal parts, the
+    remainder to the first, from a seed of its own (torch's random_split, as released). domain: one domain a
+    task, in the order of their numbers. Raises UserError where num_tasks or the data do not fit the
+    scenario."""
     if num_tasks == 1:
         return [torch.arange(len(labels))]
     if scenario == "class":
         if len(labels) and labels.max() < 0:
             advice = "use --scenario data, or --num_tasks 1"
             raise UserError(f"--scenario class: the training images have no labels: {advice}")
-        return [torch.isin(labels, c).nonzero()[:, 0] for c in class_order(num_classes, num_tasks, seed)]
+        return [torch.isin(labels, classes).nonzero()[:, 0] for classes in parts]
     if scenario == "data":
         if num_tasks > len(labels):
             raise UserError(
@@ -50,35 +50,54 @@ def split(labels, domains, num_classes, scenario, num_tasks, seed):
     return [(domains == d).nonzero()[:, 0] for d in range(count)]
 
 
-def class_order(num_classes, num_tasks, seed):
-    """The classes of each task: a list of int64 tensors. Raises UserError if num_tasks does not divide
-    them."""
-    if num_classes % num_tasks:
-        fitting = [n for n in range(1, num_classes + 1) if num_classes % n == 0]
-        raise UserError(f"--num_tasks {num_tasks} does not divide {num_classes} classes: choose of {fitting}")
-    return list(torch.randperm(num_classes, generator=torch.Generator().manual_seed(seed)).chunk(num_tasks))
+def class_parts(classes, num_tasks, seed, order=None, sizes=None):
+    """The classes of each task: a list of int64 tensors. classes: their names; order: these names in the
+    order in which they come; without it they are shuffled by `seed` (torch.randperm, as the released code
+    does); sizes: how many each task has, by default all equally many. Raises UserError where order or sizes
+    do not fit the classes."""
+    count = len(classes)
+    if order is None:
+        numbers = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    else:
+        if odd := [*sorted({*order} ^ {*classes}), *sorted({x for x in order if order.count(x) > 1})]:
+            how = "twice in it" if odd[0] in order and odd[0] in classes else "in only one of both"
+            raise UserError(
+                f"--class_order: its {len(order)} names are not the {count} classes: {odd[0]} is {how}"
+            )
+        numbers = torch.tensor([classes.index(name) for name in order])
+    if sizes and sum(sizes) != count:
+        raise UserError(
+            f"--task_sizes {' '.join(map(str, sizes))}: {sum(sizes)} of {count} classes: use them all"
+        )
+    if not sizes and count % num_tasks:
+        fitting = [n for n in range(1, count + 1) if count % n == 0]
+        advice = f"choose of {fitting}, or --task_sizes"
+        raise UserError(f"--num_tasks {num_tasks} does not divide {count} classes: {advice}")
+    return list(numbers.split(sizes or count // num_tasks))
 
 
-def plan(train, test, scenario, num_tasks, seed):
-    """The Tasks of a training and a test ImageSet (None where there is none); num_tasks None: one per domain,
-    or else 5. A task is tested on its own classes or its own domain. Data-incremental tasks, joint training,
-    and training images that have another test set than their own (train.probe) are tested on the whole of
-    it."""
+def plan(train, test, args):
+    """The Tasks of a training and a test ImageSet (None where there is none). args: the data flags; num_tasks
+    None: one for each domain or size, or else 5. A task is tested on its own classes or its own domain.
+    Data-incremental tasks, joint training, and training images that have another test set than their own
+    (train.probe) are tested on the whole of it."""
+    scenario, sizes, count = args.scenario, args.task_sizes, args.num_tasks
     if scenario == "domain" and train.domains is None:
         raise UserError("--scenario domain: the data set has no domains: use --scenario class or data")
-    if num_tasks is None:
-        num_tasks = len(train.domain_names) if scenario == "domain" else DEFAULT_TASKS
-    indices = split(train.labels, train.domains, len(train.classes), scenario, num_tasks, seed)
-    if scenario == "class" and num_tasks > 1:
-        names = [c.tolist() for c in class_order(len(train.classes), num_tasks, seed)]
-    elif scenario == "domain" and num_tasks > 1:
+    if (sizes or args.class_order) and scenario != "class":
+        raise UserError("--class_order, --task_sizes: for --scenario class")
+    if sizes and count not in (None, len(sizes)):
+        raise UserError(f"--num_tasks {count}: --task_sizes gives {len(sizes)}: leave one of them out")
+    default = len(train.domain_names) if scenario == "domain" else len(sizes or ()) or DEFAULT_TASKS
+    count, parts, names = count or default, None, None
+    if scenario == "class" and count > 1 and train.classes:
+        parts = class_parts(train.classes, count, args.seed, args.class_order, sizes)
+        names = [[train.classes[c] for c in part.tolist()] for part in parts]
+    elif scenario == "domain" and count > 1:
         names = list(train.domain_names)
-    else:
-        names = [f"part {t} of {num_tasks}" for t in range(num_tasks)]
-    if test is None:
-        tested = None
-    elif scenario == "data" or train.probe is not None:
-        tested = [torch.arange(len(test.labels))] * num_tasks
-    else:
-        tested = split(test.labels, test.domains, len(test.classes), scenario, num_tasks, seed)
-    return Tasks(names, indices, tested)
+    tested, trained = None, split(train.labels, train.domains, scenario, parts, count)
+    if test is not None and (scenario == "data" or train.probe is not None):
+        tested = [torch.arange(len(test.labels))] * count
+    elif test is not None:
+        tested = split(test.labels, test.domains, scenario, parts, count)
+    return Tasks(names or [f"part {t} of {count}" for t in range(count)], trained, tested)

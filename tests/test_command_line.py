@@ -30,6 +30,7 @@ FINETUNE = f"{TINY} --num_tasks 2 --regularizer finetune"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A finished fine-tuning run of two tasks."""
+    torch.set_num_threads(1)
     place = tmp_path_factory.mktemp("runs") / "finetune"
     assert run(f"{FINETUNE} --out_dir {place}") == 0
     return place
@@ -128,7 +129,7 @@ def test_tensorboard_of_several_runs(folder, tmp_path, monkeypatch):
     head, *rows = [line.split("\t") for line in files[0].read_text().splitlines()]
     tasks = settled("--num_tasks 2")[1][3]
     assert head == ["class", "task"] and len(rows) == sum(map(len, tasks.test))
-    assert {(int(name), int(task)) for name, task in rows} == {
+    assert {(name, int(task)) for name, task in rows} == {
         (c, t) for t, own in enumerate(tasks.names) for c in own
     }
 
@@ -150,7 +151,7 @@ def test_every_combination(method, regularizer, tmp_path, monkeypatch):
 
 def test_init_from_goes_on_like_the_run_itself(folder, tmp_path, capsys):
     """From its own task0.pt a run repeats the rest of itself, bit for bit; another seed gives another run,
-    and neither a later task nor another split's first one is a beginning."""
+    and neither the last task nor another split's first one is a beginning."""
     assert run(f"{FINETUNE} --init_from {folder / 'task0.pt'} --out_dir {tmp_path / 'a'}") == 0
     assert same(outcome(folder)["task1.pt"], outcome(tmp_path / "a")["task1.pt"])
     assert (folder / "results.json").read_text() == (tmp_path / "a" / "results.json").read_text()
@@ -162,6 +163,41 @@ def test_init_from_goes_on_like_the_run_itself(folder, tmp_path, capsys):
         "task0.pt",
     )
     fails(capsys, f"{FINETUNE} --init_from {folder / 'task1.pt'} --out_dir {tmp_path / 'c'}", "task1.pt")
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("method, regularizer", [("moco", "pnr"), ("byol", "cassle")])
+def test_a_run_that_is_continued(method, regularizer, tmp_path, capsys, monkeypatch):
+    """Three tasks, and two more from their networks: ends as a run of five does, bit for bit, also where it
+    crashes on the way."""
+    trees.no_pictures(monkeypatch)
+    (tmp_path / "order").write_text("\n".join("8305169274"))
+    call = f"{tiny(method)} --regularizer {regularizer} --epochs 1 --class_order {tmp_path / 'order'}"
+    call += " --task_sizes 1 2 4 2 1 --online_probe clean"
+    assert run(f"{call} --out_dir {tmp_path / 'five'}") == 0
+    three = tmp_path / "three"
+    three.mkdir()
+    for task in range(3):
+        shutil.copy(tmp_path / "five" / f"task{task}.pt", three)
+    for name, words in {"a": f"{three}", "b": f"{tmp_path / 'five' / 'task4.pt'} --start_task 3"}.items():
+        flags = f"{call} --init_from {words} --out_dir {tmp_path / name}"
+        crash(monkeypatch, flags, lambda state: state.task == (1 if name == "a" else 3))  # noqa: B023
+        assert run(flags) == 0
+        found, expected = (outcome(tmp_path / place) for place in (name, "five"))
+        lines = [found.pop("metrics.jsonl").splitlines(), expected.pop("metrics.jsonl").splitlines()]
+        assert same(found, expected)
+        kept = (json.loads(line) for line in lines[1])
+        kept = [x for x in kept if x["task"] >= 3 or x["kind"].startswith("eval")]
+        assert [json.loads(line) for line in lines[0]] == kept
+    flags = f"{call} --out_dir {tmp_path / 'c'} --init_from"
+    fails(capsys, f"{flags} {three} --regularizer finetune", "--regularizer")
+    fails(capsys, f"{flags} {three} --width 8", "--width")
+    fails(capsys, f"{flags} {three} --start_task 4", "task3.pt")
+    fails(capsys, f"{flags} {tmp_path}", "task0.pt")
+    (tmp_path / "order").write_text("\n".join("8350169274"))
+    fails(capsys, f"{flags} {three}", "task1.pt")
+    (tmp_path / "order").write_text("8\n3")
+    fails(capsys, f"{flags} {three}", "--class_order")
     assert not (tmp_path / "c").exists()
 
 

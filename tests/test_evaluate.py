@@ -35,11 +35,16 @@ def test_task_rows_by_hand():
     scores = torch.tensor(
         [[0.35, 0.4, 0.05, 0.2], [0.1, 0.4, 0.3, 0.2], [0.3, 0.2, 0.1, 0.4], [0.0, 0.5, 0.3, 0.2]]
     )
-    tasks = SimpleNamespace(names=[[0, 3], [1, 2]], test=[torch.tensor([0, 2]), torch.tensor([1, 3])])
-    masked, level = evaluate.task_rows(scores, torch.tensor([0, 1, 0, 2]), tasks, scores)
+    tasks, parts = (
+        SimpleNamespace(names=[["a", "d"], ["b", "c"]]),
+        [torch.tensor([0, 2]), torch.tensor([1, 3])],
+    )
+    owner = evaluate.owners(tasks, list("abcd"), "cpu")
+    assert owner.tolist() == [0, 1, 1, 0]
+    masked, level = evaluate.task_rows(scores, torch.tensor([0, 1, 0, 2]), parts, owner, scores)
     assert masked == [50.0, 50.0] and level == [100.0, 100.0]
-    tasks.test = [torch.tensor([1, 2]), torch.tensor([0, 3])]
-    assert evaluate.task_rows(scores, torch.tensor([1, 0, 0, -1]), tasks, scores)[1] == [50.0, 0.0]
+    parts = [torch.tensor([1, 2]), torch.tensor([0, 3])]
+    assert evaluate.task_rows(scores, torch.tensor([1, 0, 0, -1]), parts, owner, scores)[1] == [50.0, 0.0]
 
 
 def test_clustering():

@@ -131,7 +131,7 @@ def test_task_masked(folder, capsys):
     args, (_, probe, test, tasks) = settled("--num_tasks 2")
     extract = evaluate.features_of(args, CPU, backbone)
     (x, y), (queries, truth) = extract(probe), extract(test)
-    own = torch.isin(y, torch.tensor(tasks.names[0]))  # a k-NN that knows the first task alone
+    own = torch.isin(y, torch.tensor([*map(int, tasks.names[0])]))  # a k-NN that knows the first task alone
     (votes,) = evaluate.knn(x[own], y[own], queries[tasks.test[0]], 10)
     right = (votes.argmax(1) == truth[tasks.test[0]]).double().mean()
     assert found["task_masked"]["matrix"][1][0] == round(100 * float(right), 4)

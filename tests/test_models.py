@@ -15,6 +15,7 @@ from losses import find
 from models import BACKBONES
 from models.frozen import Teacher, ema_update
 from models.heads import Queue
+from models.learner import Learner
 from models.resnet import build_backbone
 from utils import UserError, checkpoint, export
 
@@ -132,8 +133,9 @@ def test_foreign_checkpoint(case, tmp_path):
     saved = {names[p] + k.removeprefix(p): v for p in names for k, v in state.items() if k.startswith(p)}
     torch.save({"state_dict": saved | more, "epoch": 3}, tmp_path / "foreign.pt")
     vars(args).update(backbone=cifar[0], width=cifar[1], stem=cifar[2])
-    said, first_task_given = checkpoint.load_method(method, tmp_path / "foreign.pt", args, [[0, 1]])
-    assert said.endswith(note) and first_task_given
+    learner = Learner(method, find("finetune")(args))
+    said, done = checkpoint.load_method(learner, tmp_path / "foreign.pt", args, [["0", "1"]])
+    assert said.endswith(note) and done
     for key, value in method.state_dict().items():
         origin = key if len(names) == len(PARTS) else key.removeprefix("momentum_encoder.")
         assert torch.equal(value, queue[key] if key in queue else state[origin]), key

@@ -176,14 +176,29 @@ def load_strictly(module, state, path, what):
         raise UserError(f"{path} is a checkpoint of another architecture than {what}: {misfit}") from error
 
 
-def load_method(method, path, args, tasks, online=None):
-    """Puts the network of a first task into a method: all of it from a task0.pt, from other layouts what the
-    method has a place for; heads of another form start anew. args: those that the method was built of; tasks:
-    the names of this run's tasks; raises UserError if a task0.pt is of others, or is no task0.pt. Where a
-    checkpoint has no momentum encoder, that starts as a copy of the student; a predictor, or a queue of the
-    same size, that it does not have stays random. online: the OnlineProbe, or None; raises UserError if the
-    checkpoint has no classifier for it. Returns a line that says what became of what, and whether the first
+def given(path, start_task=None):
+    """The networks of the tasks that a file, or a run's folder, gives: task0.pt to that file, or as many as
+    there are, or, with start_task, those before it. Raises UserError where one is missing."""
+    path = Path(path)
+    last = len([*path.glob("task*.pt")]) - 1 if path.is_dir() else read_network(path).get("task", 0)
+    count = last + 1 if start_task is None else start_task
+    if count == 1 and last == 0 and not path.is_dir():  # whatever its name is
+        return [path]
+    paths = [(path if path.is_dir() else path.parent) / f"task{task}.pt" for task in range(count)]
+    if lacking := [x for x in paths or [path / "task0.pt"] if not x.exists()]:
+        raise UserError(f"--init_from {path}: to go on at task {count}, {lacking[0]} is missing")
+    return paths
+
+
+def load_method(learner, path, args, tasks, task=0):
+    """Puts the network of a task into a learner: all of it from a taskN.pt, from other layouts what the
+    method has a place for; heads of another form start anew. args: those that the learner was built of;
+    tasks: the names of this run's tasks; raises UserError if a taskN.pt is of others, of another task, method
+    or regulariser. Where a checkpoint has no momentum encoder, that starts as a copy of the student; a
+    predictor, or a queue of the same size, that it does not have stays random. Raises UserError if it has no
+    classifier for the learner's online probe. Returns a line that says what became of what, and whether the
     task is done: it is not where the file has no projector."""
+    method, online = learner.method, learner.online
     network, flags = read_network(path), ("method", "backbone", "width", "stem")
     what = " ".join(f"--{name} {getattr(args, name)}" for name in flags)
     state = {f"backbone.{k}": v for k, v in network["backbone"].items()} | network["heads"]
@@ -197,21 +212,27 @@ def load_method(method, path, args, tasks, online=None):
     if online is not None and not classifier and not pretrained:
         advice = "train the first task with --online_probe, too, or pass --online_probe off"
         raise UserError(f"--online_probe: {path} holds no classifier that could go on: {advice}")
-    if network.get("task", 0) != 0 or network.get("tasks", tasks)[:1] != tasks[:1]:
+    if network.get("task", 0) != task or network.get("tasks", tasks)[: task + 1] != tasks[: task + 1]:
         raise UserError(
-            f"{path} is no network of this run's first task: it is of other data, classes, or a later one"
+            f"{path} is no network of this run's task {task}: it is of other data, classes, or tasks"
         )
+    for name in ("method", "regularizer") if task and network["config"] else ():
+        if network["config"][name] != getattr(args, name):
+            raise UserError(f"{path} is of a run with --{name} {network['config'][name]}: go on with that")
     fresh, left_out = fit(state, method.state_dict()) if network["config"] is None else (set(), set())
     left_out |= network["left_out"] | ({"classifier"} if classifier and online is None else set())
     load_strictly(method, state, path, what)
     if online is not None and classifier:
         load_strictly(online, classifier, path, what)
         state |= classifier
+    own = learner.regularizer.state_dict()
+    kept = {name: value for name, value in network.get("regularizer", {}).items() if name in own}
+    load_strictly(learner.regularizer, own | kept, path, f"--regularizer {args.regularizer}")
     taken = {key.split(".")[0] for key in state} - fresh
     if "momentum_encoder" in fresh:
         fresh = fresh - {"momentum_encoder"} | {"momentum_encoder (a copy of the student)"}
     fresh |= {"classifier"} if online is not None and not classifier else set()
-    first = f"{'first task to be trained' if pretrained else 'first task'} from {path}"
+    first = f"task {task}{' to be trained' * pretrained} from {path}"
     notes = ((first, taken), ("started anew", fresh), ("left out", left_out))
     words = "; ".join(f"{words}: {', '.join(sorted(names))}" for words, names in notes if names)
     return words, not pretrained

@@ -181,9 +181,8 @@ def accuracy_rows(args, process, extract, probe, tested, tasks, ks=(KNN_K,), tas
         found = knn(x[known], y[known], tested[0], count, ks, process=process)
     joint, *others = map(process.gather, found)
     scores, rows = {"": joint} | ({} if linear else {f"k{k}": x for k, x in zip(ks[1:], others)}), {}
-    masked = scores
+    masked, owner = scores, owners(tasks, probe.classes, y.device) if task_masked else None
     if task_masked and not linear:  # the neighbours, too, are of the task
-        owner = owners(tasks, y.device)
         groups = owner[y[known]], torch.where(tested[1] >= 0, owner[tested[1]], -1)
         found = knn(x[known], y[known], tested[0], count, ks, process=process, groups=groups)
         masked = dict(zip(scores, map(process.gather, found)))
@@ -191,7 +190,7 @@ def accuracy_rows(args, process, extract, probe, tested, tasks, ks=(KNN_K,), tas
         rows[name] = accuracy_row(values.argmax(dim=1), labels, tasks.test)
         if task_masked:
             names = (f"{name} {kind}".strip() for kind in ("task_masked", "task_level"))
-            rows |= zip(names, task_rows(values, labels, tasks, masked[name]))
+            rows |= zip(names, task_rows(values, labels, tasks.test, owner, masked[name]))
     if linear and others:
         own = zip(others, tasks.test)
         rows["linear_per_domain"] = [accuracy_row(x.argmax(dim=1), labels, [part])[0] for x, part in own]
@@ -200,20 +199,20 @@ def accuracy_rows(args, process, extract, probe, tested, tasks, ks=(KNN_K,), tas
     return rows
 
 
-def owners(tasks, device):
+def owners(tasks, classes, device):
     """The task of each class: int64 [C]."""
-    pairs = sorted((c, task) for task, classes in enumerate(tasks.names) for c in classes)
-    return torch.tensor([task for _, task in pairs], device=device)
+    task_of = {name: task for task, names in enumerate(tasks.names) for name in names}
+    return torch.tensor([task_of[name] for name in classes], device=device)
 
 
-def task_rows(scores, labels, tasks, masked):
-    """The rows of task-incremental and of task-level accuracy from scores [M, C] over all classes. masked:
-    the scores from which the task's own classes are read for the first."""
-    owner = owners(tasks, scores.device)
+def task_rows(scores, labels, parts, owner, masked):
+    """The rows of task-incremental and of task-level accuracy from scores [M, C] over all classes. parts: as
+    in `accuracy_row`; owner: the task of each class, int64 [C]; masked: the scores from which the task's own
+    classes are read for the first."""
     task_of = torch.where(labels >= 0, owner[labels], -1)
     found = masked.masked_fill(owner != task_of.unsqueeze(1), -torch.inf).argmax(dim=1)
-    sums = scores.new_zeros(len(scores), len(tasks.names)).index_add_(1, owner, scores)
-    return accuracy_row(found, labels, tasks.test), accuracy_row(sums.argmax(dim=1), task_of, tasks.test)
+    sums = scores.new_zeros(len(scores), len(parts)).index_add_(1, owner, scores)
+    return accuracy_row(found, labels, parts), accuracy_row(sums.argmax(dim=1), task_of, parts)
 
 
 def clustering(features, labels, num_clusters, seed, codes=None):

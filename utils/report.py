@@ -22,8 +22,8 @@ from utils.metrics import SCORES
 
 # arguments in which runs have to agree to be compared; a joint run has no tasks of its own
 SETTING = "dataset scenario num_tasks epochs backbone width stem image_size batch_size domain_order".split()
-SETTING += ["val_split"]
-OF_TASKS = ("scenario", "num_tasks", "domain_order")
+SETTING += ["val_split", "class_order", "task_sizes"]
+OF_TASKS = ("scenario", "num_tasks", "domain_order", "class_order", "task_sizes")
 # what changes no result, follows from the method, or is told by the protocol
 ASIDE = "out_dir data_dir download cache cache_size device compile save_every log_every workers skip_corrupt"
 ASIDE += " reference init_from embedding seed normalize method regularizer precision eval probe_lr"
@@ -101,7 +101,8 @@ class Group:
         """By what its setting differs from another group's, in words."""
         own, others = self.setting, other.setting
         names = [name for name in SETTING if own.get(name) != others.get(name)]
-        return ", ".join(f"{name} {own.get(name)} instead of {others.get(name)}" for name in names)
+        both = [[textwrap.shorten(str(x.get(name)), 60) for x in (own, others)] for name in names]
+        return ", ".join(f"{name} {a} instead of {b}" for name, (a, b) in zip(names, both))
 
 
 def parse_arguments(argv=None):

@@ -25,7 +25,7 @@ FREE = "out_dir data_dir download cache device compile save_every log_every work
 FREE = set(f"{FREE} reference embedding".split())
 PROTOCOL = set("eval probe_lr probe_momentum probe_views probe_data_dir".split())  # until a task has ended
 COUNTERS = dict.fromkeys("task epoch step global_step finished start_std last_std".split(), 0)
-COUNTERS |= {"warned": -1, "first_task_given": False, "matrices": {}, "random_rows": {}, "collapsed": []}
+COUNTERS |= {"warned": -1, "given_tasks": 0, "matrices": {}, "random_rows": {}, "collapsed": []}
 
 
 def write_json(path, content):
@@ -160,10 +160,6 @@ class Run:
         for name, part in self.parts.items() if self.saved else ():
             part.load_state_dict(self.saved[name])
         self.saved, done = None, self.epoch * loader.steps + self.step
-        if (
-            self.task == 0 and not epochs
-        ):  # as if it had been trained here, for curves that lie over each other
-            self.global_step = self.args.epochs * loader.steps
         self.progress = Progress(task, self.args, epochs, loader.steps, done, self.main)
 
     def end_step(self, terms, student, views):
@@ -269,12 +265,13 @@ class Run:
             self.stop.leave()
 
     def save_network(self, learner):
-        """taskN.pt: the backbone under torchvision's names, the rest of the method as heads, and the online
-        probe's classifier."""
+        """taskN.pt: the backbone under torchvision's names, the rest of the method as heads, what the
+        regulariser carries on (a teacher is made anew), and the online probe's classifier."""
         state, network = learner.method.state_dict(), {"config": self.arguments, "task": self.task}
         backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
         heads = {k: v for k, v in state.items() if not k.startswith("backbone.")}
-        network |= {"backbone": backbone, "heads": heads, "tasks": self.data["tasks"]}
+        kept = {k: v for k, v in learner.regularizer.state_dict().items() if not k.startswith("teacher.")}
+        network |= {"backbone": backbone, "heads": heads, "tasks": self.data["tasks"], "regularizer": kept}
         if learner.online is not None:
             network["online"] = learner.online.state_dict()
         if self.main:
