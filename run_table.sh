@@ -5,6 +5,7 @@
 #     ablation (MoCo, BYOL; PNR): pseudo-negatives in main, reg, both, none; lambda_neg; teacher_bn.  queue (MoCo; PNR): SIZES
 #   RUNS=DIR   where the run folders lie (runs/TABLE); the report goes to RUNS/report
 #   DATA, GPUS, TASKS, SCENARIO, PYTHON   as for the run scripts; FLAGS="..."  further flags of main_cssl.py for every run
+#   REFERENCE=1  also trains each task alone, for plasticity
 #   SMOKE=1    all of it on tiny digits, in minutes
 # TABLE=cifar100 sbatch slurm/cssl.sbatch runs the same cells as a job array.
 # A method's first task is trained once for each seed, by fine-tuning; the others start from it. A cell that fails is named at the
@@ -24,17 +25,19 @@ shift
 SEEDS=${*:-5 6 7} RUNS=${RUNS:-runs/$TABLE} FAILED=()
 read -ra EXTRA <<< "${FLAGS:-}"
 export PYTHON
-running=
+PLASTICITY=${REFERENCE:-} running='' stopped=''
+unset REFERENCE
 for signal in HUP INT TERM USR1; do # the run saves and leaves
   # shellcheck disable=SC2064
-  trap "kill -$signal \$running 2> /dev/null || exit 130" $signal
+  trap "stopped=yes; kill -$signal \$running 2> /dev/null || exit 130" $signal
 done
 
-# cell NAME METHOD REGULARIZER [flags]: one run, unless it has ended well before
+# cell NAME METHOD REGULARIZER [flags]: one run, unless it has ended well before, with the same settings
 cell() {
-  local name=$1 method=$2 regularizer=$3 status=0 small=()
+  local name=$1 method=$2 regularizer=$3 status=0 small=() settings
   shift 3
-  [ ! -e "$RUNS/$name/.complete" ] || return 0
+  settings="${SMOKE:-} ${TASKS:-} ${SCENARIO:-} ${FLAGS:-} $*"
+  [ "$settings" != "$(cat "$RUNS/$name/.complete" 2> /dev/null || echo none)" ] || return 0
   if [ -n "${SMOKE:-}" ]; then
     read -ra small <<< "$("$PYTHON" -c "import sys; sys.path.insert(0, '$ROOT'); from losses import find; print(find('$method').small)" 2> /dev/null)"
     small+=(--dataset digits --scenario class --num_tasks "${TASKS:-5}" --backbone resnet10 --width 4 --image_size 8 --epochs 1
@@ -45,18 +48,23 @@ cell() {
   running=$!
   while wait "$running" || status=$?; kill -0 "$running" 2> /dev/null; do status=0; done # a signal ends `wait` early
   running=
-  [ "$status" -le 128 ] || exit "$status" # stopped by a signal
-  if [ "$status" -eq 0 ]; then touch "$RUNS/$name/.complete"; else FAILED+=("$name (status $status)"); fi
+  [ -z "$stopped" ] || exit "$status"
+  if [ "$status" -eq 0 ]; then echo "$settings" > "$RUNS/$name/.complete"; else FAILED+=("$name (status $status)"); fi
 }
 
 for seed in $SEEDS; do
   for method in ${METHODS:-moco simclr byol vicreg barlow falcon}; do
-    id=$method-seed$seed first=(--init_from "$RUNS/finetune-$id/task0.pt")
+    id=$method-seed$seed alone=() first=(--init_from "$RUNS/finetune-$id/task0.pt")
+    if [ -n "$PLASTICITY" ]; then
+      REFERENCE=1 cell "single-$id" "$method" finetune
+      alone=(--reference "$RUNS/single-$id")
+      first+=("${alone[@]}")
+    fi
     if [ "$TABLE" = queue ]; then # another queue, another first task
       for size in ${SIZES:-4096 16384 65536}; do cell "pnr-queue$size-$id" "$method" pnr --moco_queue_size "$size"; done
       continue
     fi
-    cell "finetune-$id" "$method" finetune
+    cell "finetune-$id" "$method" finetune ${alone[@]+"${alone[@]}"}
     if [ "$TABLE" = ablation ]; then
       cell "pnr-$id" "$method" pnr "${first[@]}"
       cell "pnr-none-$id" "$method" pnr "${first[@]}" --pnr_pseudo_negatives none
@@ -76,5 +84,5 @@ for seed in $SEEDS; do
     done
   done
 done
-PYTHONPATH=$ROOT "$PYTHON" -m utils.report "$RUNS"/*-seed* --text --out "$RUNS/report"
+PYTHONPATH=$ROOT "$PYTHON" -m utils.report "$RUNS"/*-seed* --text --out "$RUNS/report" || FAILED+=("the report")
 if [ ${#FAILED[@]} -gt 0 ]; then printf 'failed: %s\n' "${FAILED[@]}" >&2; exit 1; fi

@@ -62,7 +62,7 @@ def test_tables(runs, tmp_path, capsys):
     ((words, (_, *rows)),) = groups[0].tables
     spread, forgotten = f"55.00 ± {statistics.stdev([50, 60]):.2f}", f"5.00 ± {statistics.stdev([10, 0]):.2f}"
     assert words == WORDS and rows[2] == ["MoCo v2+", "PNR", spread, forgotten, "", "", "2", ""]
-    assert report.costs(grid)[1] == ["MoCo v2+", "CaSSLe, lr 0.6", "5", "900", "3"]
+    assert report.costs(grid)[1] == ["MoCo v2+", "CaSSLe, lr 0.6", "5", "900", "3", ""]
     texts = [(tmp_path / "out" / name).read_text() for name in ("index.html", "tables.md", "tables.tex")]
     assert spread in out and spread in texts[0] and spread in texts[1] and r"55.00 $\pm$ 7.07" in texts[2]
     assert "epochs 500 instead of 2" in texts[0] and texts[0].count("data:image/png") >= 6
@@ -82,9 +82,58 @@ def test_the_papers_figure(tmp_path):
     online = "online linear probe (released): learns"
     cases = {"on": (5, online, "59.5"), "off": (5, WORDS, ""), "two": (2, online, "")}
     for name, (tasks, words, expected) in cases.items():
-        run = report.read(make(tmp_path / name, row[:tasks], words, num_tasks=tasks, regularizer="cassle"))
+        matrix = [line[:tasks] for line in row[:tasks]]
+        run = report.read(make(tmp_path / name, matrix, words, num_tasks=tasks, regularizer="cassle"))
         (group,) = report.group([run])
         assert group.tables[0][1][1][-1] == expected
+
+
+def test_only_like_is_compared_with_like(tmp_path, capsys):
+    """The rate of its probe is a method's own; another data set, other settings of the protocol or of the run
+    are not pooled; numbers from the middle of a run are not its last."""
+    rates = {"a": ("moco", "0.6"), "b": ("byol", "1.0"), "c": ("byol", "1.0")}
+    runs = [
+        make(tmp_path / n, method=m, words=f"linear: SGD, lr {lr}, 100 epochs")
+        for n, (m, lr) in rates.items()
+    ]
+    settings = {"settings": {"dataset": "svhn", "size": 32, "transfer": True}}
+    more = {"svhn": {"protocol": f"linear: SGD, lr {0.6}, 100 epochs", "rows": [[1.0], [2.0]], **settings}}
+    more["half"] = {"protocol": "knn", "matrix": [[1.0, 2.0]], "settings": {}}
+    results = json.loads((runs[0] / "results.json").read_text())
+    (runs[0] / "results.json").write_text(json.dumps(results | more))
+    config = json.loads((runs[2] / "config.json").read_text())
+    config["arguments"] |= {"precision": "fp16", "init_from": "imagenet.pt"}
+    (runs[2] / "config.json").write_text(json.dumps(config))
+    call(*runs, "--text")
+    said = capsys.readouterr()
+    (group,) = report.group([report.read(run) for run in runs])
+    assert [len(table) - 1 for _, table in group.tables] == [3, 1]
+    assert "lr of each method" in said.out and "transfer True; dataset svhn" in said.out
+    assert "init_from imagenet.pt" in said.out and "precision fp16" in said.out and "2.00" in said.out
+    assert max(map(len, said.out.splitlines())) <= 100 and "half (1 of 2 tasks)" in said.err
+
+
+def test_damage(runs, tmp_path, capsys):
+    """Of one run hides no other; of lines in a log it costs these lines."""
+    damage = {
+        "config.json": lambda text: text.replace('"num_tasks": 2', '"num_tasks": "2"'),
+        "results.json": lambda text: text.replace("70.0", "null", 1),
+    }
+    for folder, (name, change) in zip(runs, damage.items()):
+        text = (folder / name).read_text()
+        (folder / name).write_text(change(text))
+        assert (folder / name).read_text() != text
+    ragged = json.loads((runs[2] / "results.json").read_text())
+    ragged["matrix"][1].append(0.0)
+    (runs[2] / "results.json").write_text(json.dumps(ragged))
+    for name in ("metrics.jsonl", "speed.jsonl"):
+        with open(runs[4] / name, "a") as file:
+            file.write('{"kind": "epoch"}\n{"kind": "epo')
+    call(*runs, "--out", tmp_path / "out")
+    said = capsys.readouterr()
+    assert all(f"{folder}: " in said.err for folder in runs[:3]) and "3 run(s) in 2 group(s)" in said.out
+    assert len(report.read(runs[4]).lines("metrics.jsonl", "loss")) == 1
+    assert "900" in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_what_cannot_be_shown_is_named(runs, tmp_path, capsys):

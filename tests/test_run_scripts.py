@@ -215,12 +215,37 @@ def test_table(tmp_path):
     call = ("run_table.sh", "cifar100", "6")
     done = script(*call, cwd=tmp_path, REGULARIZERS="finetune pnr", **variables)
     assert done.returncode == 1 and "failed: finetune-nosuch-seed6 (status 2)" in done.stderr
-    assert "2 runs in 1 groups" in done.stdout and (tmp_path / "table" / "report" / "index.html").exists()
+    assert "2 run(s) in 1 group(s)" in done.stdout and (tmp_path / "table" / "report" / "index.html").exists()
     config = json.loads((tmp_path / "table" / "pnr-moco-seed6" / "config.json").read_text())["arguments"]
     assert config["init_from"] == "table/finetune-moco-seed6/task0.pt" and config["seed"] == 6
     done = script(*call, cwd=tmp_path, REGULARIZERS="joint", **variables)
     assert "== finetune-moco" not in done.stdout and "== joint-moco-seed6" in done.stdout
-    assert "joint" in done.stdout and "3 runs in 1 groups" in done.stdout
+    assert "joint" in done.stdout and "3 run(s) in 1 group(s)" in done.stdout
+    other = {**variables, "METHODS": "moco", "FLAGS": "--epochs 2", "REGULARIZERS": "finetune"}
+    done = script(*call, cwd=tmp_path, **other)  # what is there is of other settings
+    assert done.returncode == 1 and "a run with --epochs 1, not 2" in done.stderr
+    done = script(*call, cwd=tmp_path, **{**variables, "METHODS": "nosuch", "RUNS": "none"})
+    assert done.returncode == 1 and "failed: finetune-nosuch-seed6" in done.stderr
+
+
+def test_table_of_a_killed_run(tmp_path):
+    """A run that the system kills is a failed cell; plasticity comes from single tasks."""
+    killer = f'case "$*" in *finetune-moco*) kill -9 $$ ;; *) exec {sys.executable} "$@" ;; esac'
+    (tmp_path / "python").write_text(f"#!/usr/bin/env bash\n{killer}\n")
+    (tmp_path / "python").chmod(0o755)
+    variables = {
+        "PYTHON": tmp_path / "python",
+        "SMOKE": "1",
+        "TASKS": "2",
+        "REFERENCE": "1",
+        "REGULARIZERS": "cassle",
+    }
+    done = script(
+        "run_table.sh", "cifar100", "6", cwd=tmp_path, METHODS="moco byol", RUNS="table", **variables
+    )
+    assert done.returncode == 1 and "failed: finetune-moco-seed6 (status 137)" in done.stderr
+    assert trees.results(tmp_path / "table" / "cassle-byol-seed6")["plasticity"] is not None
+    assert "4 run(s) in 1 group(s)" in done.stdout
     for words in (("cifar",), ("cifar100", "five")):
         done = script("run_table.sh", *words, PYTHON=sys.executable)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1

@@ -52,6 +52,8 @@ class Log:
             self.file.seek(0, os.SEEK_END)
             threading.excepthook = pass_over_oserror
             self.writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
+            listed = Path(folder) / "projector_config.pbtxt"
+            self.embeddings = listed.read_text() if listed.exists() else ""
 
     def metrics(self, kind, step, values, **where):
         """One line in metrics.jsonl, and each number as the TensorBoard scalar kind/name."""
@@ -84,6 +86,10 @@ class Log:
             tested = [" ".join(str(t) for t, own in enumerate(owners) if i in own) for i in drawn.tolist()]
             columns = [*zip(names, tested)], ["class", "task"]
             self.writer.add_embedding(features[drawn], columns[0], None, step, "features", columns[1])
+            listed = (
+                Path(self.writer.log_dir) / "projector_config.pbtxt"
+            )  # TensorBoard's writer starts it anew
+            listed.write_text(self.embeddings + listed.read_text())
 
     def views(self, step, views, mean, std, count=8):
         """A grid with the two views of some images, above each other."""

@@ -75,6 +75,12 @@ def plasticity(matrix, single_task):
     return sum(sum(gaps) / len(gaps) for gaps in later) / (count - 1)
 
 
+def kind_of(args):
+    """The regulariser of a run's arguments (a dict), or what else it is."""
+    alone = "single tasks" if args.get("single_tasks") else args["regularizer"]
+    return "joint" if args["num_tasks"] == 1 else alone
+
+
 def reference_row(folder, name, protocol, config):
     """FT of plasticity: the accuracy on each task after training on it alone, from the results.json of a run
     of single tasks, block `name`. Raises UserError where there is none by this protocol, in words, or where

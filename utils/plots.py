@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import textwrap
 
 from matplotlib.figure import Figure
 
@@ -13,12 +14,8 @@ def draw_matrix(axes, matrix, title, low, high, names=None):
     for t, row in enumerate(matrix):
         for k, value in enumerate(row):
             style = {"fontweight": "bold"} if k == t else {"fontstyle": "italic"} if k > t else {}
-            style |= {
-                "ha": "center",
-                "va": "center",
-                "color": "black" if value > (low + high) / 2 else "white",
-            }
-            axes.text(k, t, f"{value:.1f}", fontsize=9, **style)
+            color = "black" if value > (low + high) / 2 else "white"
+            axes.text(k, t, f"{value:.1f}", fontsize=9, ha="center", va="center", color=color, **style)
     axes.set(xticks=range(len(matrix[0])), yticks=range(len(matrix)))
     axes.set(xlabel="accuracy on task (%)", ylabel="after training task")
     if names:
@@ -29,12 +26,12 @@ def draw_matrix(axes, matrix, title, low, high, names=None):
 
 
 def plot_matrix(matrix, title, names=None):
-    """The accuracy matrix of one run as a matplotlib figure; names: of the tasks, where they have any."""
+    """The accuracy matrix of one run as a matplotlib figure, its colours from 0 to 100 % as in every other
+    run's; names: of the tasks, where they have any."""
     tasks, rows = len(matrix[0]), len(matrix)
     figure = Figure(figsize=(2.2 + 0.75 * tasks, 1.9 + 0.6 * rows), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    values = [value for row in matrix for value in row]
-    figure.colorbar(draw_matrix(axes, matrix, title, min(values), max(values), names), ax=axes)
+    figure.colorbar(draw_matrix(axes, matrix, title, 0, 100, names), ax=axes)
     return figure
 
 
@@ -47,7 +44,7 @@ def plot_matrices(matrices):
     values = [value for matrix in matrices.values() for row in matrix for value in row]
     every = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, (name, matrix) in zip(every, matrices.items()):
-        image = draw_matrix(axes, matrix, name, min(values), max(values))
+        image = draw_matrix(axes, matrix, textwrap.fill(name, 30), min(values), max(values))
     for axes in every[len(matrices) :]:
         axes.set_axis_off()
     figure.colorbar(image, ax=list(every), shrink=0.8)
@@ -55,6 +52,7 @@ def plot_matrices(matrices):
 
 
 def mean_matrix(matrices):
+    """Cell by cell."""
     return [[sum(cell) / len(cell) for cell in zip(*rows)] for rows in zip(*matrices)]
 
 
@@ -76,7 +74,7 @@ def plot_points(points, x_label, y_label):
     figure = Figure(figsize=(6, 4), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     for name, pairs in points.items():
-        axes.plot(*zip(*pairs), "o", label=name) if pairs else None
+        axes.plot(*zip(*pairs), "o", label=name)
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.legend(fontsize=7)
     return figure

@@ -10,6 +10,7 @@ Runs that differ in more than method, regulariser and seed stand in groups of th
 import csv
 import html
 import json
+import re
 import statistics
 import sys
 import textwrap
@@ -18,20 +19,21 @@ from pathlib import Path
 
 from losses import METHODS, REGULARIZERS
 from utils.arguments import Parser
-from utils.metrics import SCORES
+from utils.metrics import SCORES, kind_of
 
 # arguments in which runs have to agree to be compared; a joint run has no tasks of its own
-SETTING = "dataset scenario num_tasks epochs backbone width stem image_size batch_size domain_order".split()
-SETTING += ["val_split", "class_order", "task_sizes"]
 OF_TASKS = ("scenario", "num_tasks", "domain_order", "class_order", "task_sizes")
+SETTING = ["dataset", *OF_TASKS, "epochs", "backbone", "width", "stem", "image_size", "val_split"]
 # what changes no result, follows from the method, or is told by the protocol
-ASIDE = "out_dir data_dir download cache cache_size device compile save_every log_every workers skip_corrupt"
-ASIDE += " reference init_from embedding seed normalize method regularizer precision eval probe_lr"
-ASIDE += " probe_momentum probe_views probe_data_dir online_probe online_lr"
+ASIDE = "out_dir data_dir download cache device compile save_every log_every workers skip_corrupt reference"
+ASIDE += " embedding start_task seed normalize method regularizer eval probe_lr probe_momentum probe_views"
+ASIDE = {*f"{ASIDE} online_probe online_lr".split(), *SETTING}
+IN_WORDS = "protocol dataset size normalize labels lr momentum views part reference network".split()
 COLUMNS = {"average_accuracy": "A_T", "forgetting": "S", "plasticity": "P", "forward_transfer": "FT"}
 NAMES = {"moco": "MoCo v2+", "simclr": "SimCLR", "byol": "BYOL", "vicreg": "VICReg", "barlow": "Barlow Twins"}
 NAMES |= {"falcon": "FALCON", "finetune": "fine-tuning", "cassle": "CaSSLe", "pnr": "PNR"}
-# A_T in CaSSLe's tables of fine-tuning and CaSSLe, class-incremental, 5 tasks (docs/METHODS.md, section 11)
+# A_T in CaSSLe's tables of fine-tuning and CaSSLe, class-incremental, 5 tasks (docs/METHODS.md, section 11);
+# of PNR's own only second-hand figures are known
 CIFAR = {"byol": (52.7, 62.2), "barlow": (54.3, 60.4), "moco": (47.3, 59.5), "simclr": (48.9, 58.3)}
 IMAGENET = {"byol": (66.0, 66.4), "barlow": (63.1, 68.2), "moco": (62.0, 68.8), "simclr": (61.5, 68.0)}
 PAPER = {"cifar100": CIFAR | {"vicreg": (51.5, 53.6)}, "imagenet100": IMAGENET | {"vicreg": (61.3, 64.8)}}
@@ -39,6 +41,7 @@ JOINT = {"barlow": 70.9, "byol": 70.5, "moco": 69.9, "vicreg": 68.5, "simclr": 6
 ABOUT = """A_T: average accuracy on all tasks after the last. S: forgetting, lower is better. P: plasticity.
 FT: forward transfer. Mean ± standard deviation over seeds. Runs that must not be compared stand in groups."""
 COST = "Cost: medians and largest memory over epochs; minutes of training, with all evaluations but the last"
+OWN_TASK, RATE = re.compile(r"(task\d+\.pt|/)$"), re.compile(r"lr [\d.e+-]+(?=,)")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 0 auto; padding: 1em; color: #222 }
 table { border-collapse: collapse; white-space: nowrap } h2 { margin-top: 2em } .note { color: #a40000 }
@@ -51,41 +54,78 @@ td:first-child, td:nth-child(2), th:first-child, th:nth-child(2) { text-align: l
 
 @dataclass
 class Run:
-    """A run folder that has been read. blocks: of results.json, by name."""
+    """A run folder that has been read. blocks: of results.json, by name, those of all tasks; partial: the
+    names of others."""
 
     folder: Path
     args: dict
     blocks: dict
+    partial: list
 
     @property
     def joint(self):
         return self.args["num_tasks"] == 1
 
-    @property
-    def kind(self):
-        alone = "single tasks" if self.args.get("single_tasks") else self.args["regularizer"]
-        return "joint" if self.joint else alone
-
     def setting(self):
-        return {name: self.args.get(name) for name in SETTING if not (self.joint and name in OF_TASKS)}
+        """What it has to agree in with others; a folder's images are known by their place alone."""
+        found = {name: self.args.get(name) for name in SETTING if not (self.joint and name in OF_TASKS)}
+        return found | (
+            {"dataset": f"folder {self.args['data_dir']}"} if found["dataset"] == "folder" else {}
+        )
 
-    def lines(self, name):
-        """Of an epoch each, in metrics.jsonl or speed.jsonl, as far as they can be read."""
+    def differs(self, name):
+        """What else may set it apart from runs of its setting, as text. To start from another run's first
+        task does not."""
+        value = str(self.args.get(name))
+        return "None" if name == "init_from" and OWN_TASK.search(value) else value
+
+    def protocols(self):
+        """{caption: block}: what was evaluated, of each protocol the block that says most. The rate of the
+        probe that a run was evaluated with is its method's, and stands behind the others."""
+        found = {}
+        own = [block["protocol"] for name, block in self.blocks.items() if "settings" not in block]
+        for block in self.blocks.values():
+            words, settings = block["protocol"], block.get("settings", {})
+            if words in own:
+                words = RATE.sub("lr of each method", words)
+            more = {name: value for name, value in settings.items() if name not in IN_WORDS}
+            more |= {"dataset": settings["dataset"]} if "rows" in block else {}
+            more |= (
+                {"size": size}
+                if (size := settings.get("size")) not in (None, self.args["image_size"])
+                else {}
+            )
+            caption = "; ".join([words, *(f"{name} {value}" for name, value in more.items())])
+            known = lambda block: sum(block.get(name) is not None for name in COLUMNS)  # noqa: E731
+            found[caption] = max(found.get(caption, block), block, key=known)
+        return found
+
+    def lines(self, name, *keys):
+        """[(value of each key, ...)] of the epochs in metrics.jsonl or speed.jsonl, as far as they can be
+        read."""
         try:
-            lines = [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
-            return [line for line in lines if line["kind"] == "epoch"]
-        except (OSError, ValueError, LookupError, TypeError):
+            lines, found = (self.folder / name).read_text().splitlines(), []
+        except (OSError, UnicodeDecodeError):
             return []
+        for line in lines:
+            try:
+                line = json.loads(line)
+                if line["kind"] == "epoch":
+                    found.append([float(line[key]) for key in keys])
+            except (ValueError, LookupError, TypeError):
+                continue
+        return found
 
 
 @dataclass
 class Group:
-    """Runs of one setting. grid: {(method, label): runs}; tables: of each protocol its words and rows of
-    cells, the header first."""
+    """Runs of one setting. grid: {(method, label): runs}; tables: of each protocol its caption and rows of
+    cells, the header first; first: the setting of the first group."""
 
     setting: dict
     grid: dict
     tables: list
+    first: dict
 
     @property
     def title(self):
@@ -93,16 +133,14 @@ class Group:
         if "scenario" in s:
             tasks = [f"{s['scenario']}-incremental, {s['num_tasks']} tasks"]
         network = f"{s['backbone']} (width {s['width']}, {s['stem']} stem, {s['image_size']} px)"
-        return ", ".join(
-            [s["dataset"], *tasks, f"{s['epochs']} epochs a task", network, f"batch {s['batch_size']}"]
-        )
+        return ", ".join([s["dataset"], *tasks, f"epochs a task: {s['epochs']}", network])
 
-    def difference(self, other):
-        """By what its setting differs from another group's, in words."""
-        own, others = self.setting, other.setting
-        names = [name for name in SETTING if own.get(name) != others.get(name)]
-        both = [[textwrap.shorten(str(x.get(name)), 60) for x in (own, others)] for name in names]
-        return ", ".join(f"{name} {a} instead of {b}" for name, (a, b) in zip(names, both))
+    @property
+    def difference(self):
+        """By what its setting differs from the first group's, in words; none for that itself."""
+        both = {name: (self.setting[name], self.first[name]) for name in self.setting if name in self.first}
+        words = [f"{name} {a} instead of {b}" for name, (a, b) in both.items() if a != b]
+        return f"Differs from the first group: {textwrap.shorten(', '.join(words), 300)}." if words else ""
 
 
 def parse_arguments(argv=None):
@@ -114,6 +152,8 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     if not args.out and not args.text:
         parser.error("pass --out DIR, --text, or both")
+    if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
+        parser.error(f"--out {args.out} is no folder")
     return args
 
 
@@ -122,22 +162,33 @@ def read(folder):
     folder = Path(folder)
     try:
         args = json.loads((folder / "config.json").read_text())["arguments"]
-        assert all(name in args for name in ("method", "regularizer", "dataset", "num_tasks", "seed"))
-    except (OSError, ValueError, LookupError, TypeError, AssertionError) as error:
+        tasks = range(args["num_tasks"])
+        run = Run(folder, args, {}, [])
+        run.setting(), [args[name] for name in ("method", "regularizer", "image_size", "seed")]
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError("no run folder, or its config.json is damaged") from error
     try:
         results = json.loads((folder / "results.json").read_text())
         found = {"": results, **{name: b for name, b in results.items() if isinstance(b, dict)}}
-        blocks = {name: b for name, b in found.items() if "matrix" in b or "rows" in b}
-        finished = max((len(b.get("matrix") or b["rows"]) for b in blocks.values()), default=0)
-        assert all(block["protocol"] for block in blocks.values())
+        for name, block in found.items():
+            if "matrix" in block or "rows" in block:
+                matrix = block.get("matrix") or block["rows"]
+                if len(matrix) < len(tasks):
+                    run.partial.append(
+                        f"{name or 'its own evaluation'} ({len(matrix)} of {len(tasks)} tasks)"
+                    )
+                    continue
+                [[float(x) for x in row] for row in matrix], block["protocol"].strip()
+                if "matrix" in block and {len(row) for row in matrix} != {len(tasks)}:
+                    raise ValueError(name)
+                run.blocks[name] = block
     except FileNotFoundError as error:
         raise ValueError("not evaluated yet") from error
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError("its results.json is damaged") from error
-    if finished < args["num_tasks"]:
-        raise ValueError(f"not finished: {finished} of {args['num_tasks']} tasks")
-    return Run(folder, args, blocks)
+    if not run.blocks:
+        raise ValueError(f"not finished: {', '.join(run.partial) or 'not evaluated yet'}")
+    return run
 
 
 def group(runs):
@@ -148,8 +199,8 @@ def group(runs):
         fitting = [key for key in groups if run.joint and own <= json.loads(key).items()]
         for key in fitting or [json.dumps(run.setting())]:
             groups.setdefault(key, []).append(run)
-    grids = {key: cells(members) for key, members in groups.items()}
-    return [Group(s := json.loads(key), grid, tables(s, grid)) for key, grid in grids.items()]
+    grids, settings = [*map(cells, groups.values())], [*map(json.loads, groups)]
+    return [Group(s, grid, tables(s, grid), settings[0]) for s, grid in zip(settings, grids)]
 
 
 def cells(runs):
@@ -157,41 +208,40 @@ def cells(runs):
     seed."""
     kinds, found = {}, {}
     for run in runs:
-        kinds.setdefault((run.args["method"], run.kind), []).append(run)
+        kinds.setdefault((run.args["method"], kind_of(run.args)), []).append(run)
     order = [*METHODS], [*REGULARIZERS]
     place = lambda names, name: names.index(name) if name in names else len(names)  # noqa: E731
     for method, kind in sorted(kinds, key=lambda key: [*map(place, order, key), key]):
         members = kinds[method, kind]
-        names = sorted({name for run in members for name in run.args} - {*ASIDE.split(), *SETTING})
-        differing = [name for name in names if len({str(run.args.get(name)) for run in members}) > 1]
+        names = sorted({name for run in members for name in run.args} - ASIDE)
+        differing = [name for name in names if len({run.differs(name) for run in members}) > 1]
         for run in members:
-            others = (f"{name} {run.args.get(name)}" for name in differing)
+            others = (f"{name} {run.differs(name)}" for name in differing)
             label = ", ".join([NAMES.get(kind, kind), *others])
             found.setdefault((NAMES.get(method, method), label), []).append(run)
     return found
 
 
 def tables(setting, grid):
-    """Of each protocol: its words, and rows of cells as text, the header first. Where a seed was run more
+    """Of each protocol: its caption, and rows of cells as text, the header first. Where a seed was run more
     than once, that is told."""
     found = {}
     for key, runs in grid.items():
         for run in runs:
-            blocks = {block["protocol"]: block for block in reversed(run.blocks.values())}  # one of a kind
-            for words, block in reversed(blocks.items()):
-                found.setdefault(words, {}).setdefault(key, []).append((run.args["seed"], block))
-    header, shown = ["method", "regulariser", *COLUMNS.values(), "seeds", "paper's A_T"], []
-    for words, rows in found.items():
-        known, body = paper(setting, words), []
+            for caption, block in run.protocols().items():
+                found.setdefault(caption, {}).setdefault(key, []).append((run.args["seed"], block))
+    header, shown = ["method", "regulariser", *COLUMNS.values(), "seeds", "paper"], []
+    for caption, rows in found.items():
+        known, body = paper(setting, caption), []
         for key, pairs in rows.items():
             seeds, blocks = zip(*pairs)
             count = f"{len(set(seeds))}" + f" ({len(seeds)} runs)" * (len(set(seeds)) < len(seeds))
             means = [
-                b if "matrix" in b else {"average_accuracy": statistics.mean(b["rows"][-1])} for b in blocks
+                b | {"average_accuracy": statistics.mean((b.get("matrix") or b["rows"])[-1])} for b in blocks
             ]
             scores = (spread([b[name] for b in means if b.get(name) is not None]) for name in COLUMNS)
             body.append([*key, *scores, count, known.get(key, "")])
-        shown.append((words, [header, *body]))
+        shown.append((caption, [header, *body]))
     return shown
 
 
@@ -199,7 +249,8 @@ def paper(setting, words):
     """{(method, label): A_T in the papers} for a setting and protocol of theirs."""
     online = words.startswith("online linear probe (released)")
     known = PAPER.get(setting["dataset"]) if online == (setting["dataset"] == "cifar100") else None
-    if known is None or not (online or words.startswith("offline linear probe:")):
+    theirs = known is not None and (setting["backbone"], setting["width"]) == ("resnet18", 64)
+    if not theirs or not (online or words.startswith("offline linear probe:")):
         return {}
     five = setting.get("scenario") == "class" and setting.get("num_tasks") == 5
     found = {(NAMES[m], "joint"): f"{value:.1f}" for m, value in JOINT.items() if online}
@@ -215,22 +266,27 @@ def spread(values):
 
 
 def as_text(groups):
-    """The tables for a terminal."""
+    """The tables for a terminal, in at most 100 columns; long labels go on in the next lines."""
     out = []
     for each in groups:
-        out += [*textwrap.wrap(each.title, 100), ""]
+        out += [*textwrap.wrap(each.title, 100), *textwrap.wrap(each.difference, 100), ""]
         for words, table in each.tables:
-            limits = [16, 36, *[16] * len(table[0])]
-            widths = [min(limit, max(map(len, column))) for limit, column in zip(limits, zip(*table))]
-            lines = ("  ".join(cell[:w].ljust(w) for cell, w in zip(line, widths)) for line in table)
-            out += [*textwrap.wrap(words, 100), *(line[:100].rstrip() for line in lines), ""]
+            columns = [column for column in zip(*(line[2:] for line in table)) if any(column[1:])]
+            widths = [max(map(len, column)) for column in columns]
+            width = max(12, min(40, 100 - sum(widths) - 2 * len(widths)))
+            out += textwrap.wrap(words, 100)
+            for line, values in zip(table, zip(*columns)):
+                first, *more = textwrap.wrap(", ".join(line[:2]), width)
+                cells = (cell.rjust(w) for cell, w in zip(values, widths))
+                out += ["  ".join([first.ljust(width), *cells]), *(f"  {text}" for text in more)]
+            out.append("")
     return "\n".join(out)
 
 
 def as_markdown(groups):
     out = []
     for each in groups:
-        out += [f"## {each.title}", ""]
+        out += [f"## {each.title}", "", *[each.difference, ""] * bool(each.difference)]
         for words, table in each.tables:
             head, *body = [f"| {' | '.join(line)} |" for line in table]
             out += [words, "", head, "|---|---|" + "---:|" * (len(table[0]) - 2), *body, ""]
@@ -244,7 +300,10 @@ def as_latex(groups):
     for each in groups:
         for words, table in each.tables:
             head, *body = [f"{' & '.join(line).translate(escape)} \\\\" for line in table]
-            out += [r"\begin{table}", rf"\caption{{{f'{each.title}. {words}.'.translate(escape)}}}"]
+            out += [
+                r"\begin{table}",
+                rf"\caption{{{f'{each.title}. {each.difference} {words}.'.translate(escape)}}}",
+            ]
             out += [
                 rf"\begin{{tabular}}{{ll{'r' * (len(table[0]) - 2)}}}",
                 r"\toprule",
@@ -271,51 +330,50 @@ def figures(grid):
     collapse."""
     from utils import plots
 
-    blocks, words, found = {}, None, []
-    for key, runs in grid.items():
-        for run in (run for run in runs if not run.joint):
-            fitting = (b for b in run.blocks.values() if "matrix" in b and words in (None, b["protocol"]))
-            if block := next(fitting, None):
-                words = block["protocol"]
-                blocks.setdefault(", ".join(key), []).append(block)
-    if blocks:
-        means = {name: plots.mean_matrix([b["matrix"] for b in own]) for name, own in blocks.items()}
-        found.append((f"Accuracy matrices, mean over seeds. {words}", plots.plot_matrices(means)))
+    found, shown, runs = [], {}, {}
+    for key, own in grid.items():
+        for run in own:
+            runs[f"{', '.join(key)}, seed {run.args['seed']}"] = run
+            for caption, block in run.protocols().items() if not run.joint else ():
+                if "matrix" in block:
+                    shown.setdefault(caption, {}).setdefault(", ".join(key), []).append(block)
+    if shown:  # of the protocol that most runs have
+        caption, cells = max(shown.items(), key=lambda item: sum(map(len, item[1].values())))
+        means = {name: plots.mean_matrix([b["matrix"] for b in blocks]) for name, blocks in cells.items()}
+        found.append((f"Accuracy matrices, mean over seeds. {caption}", plots.plot_matrices(means)))
         seen = {name: [statistics.mean(row[: t + 1]) for t, row in enumerate(m)] for name, m in means.items()}
         curves = {name: (range(len(row)), row) for name, row in seen.items()}
         labels = "after training task", "mean accuracy on the tasks so far (%)"
-        found.append((f"Accuracy over tasks. {words}", plots.plot_curves(curves, *labels)))
-        points = {name: [(b["forgetting"], b["plasticity"]) for b in own if b["plasticity"] is not None]
-                  for name, own in blocks.items()}  # fmt: skip
-        if any(points.values()):
-            found.append((f"Forgetting S against plasticity P. {words}", plots.plot_points(points, "S", "P")))
-    runs = {f"{', '.join(key)}, seed {run.args['seed']}": run for key, runs in grid.items() for run in runs}
-    lines = {name: run.lines("metrics.jsonl") for name, run in runs.items()}
+        found.append((f"Accuracy over tasks. {caption}", plots.plot_curves(curves, *labels)))
+        scores = {
+            name: [(b.get("forgetting"), b.get("plasticity")) for b in own] for name, own in cells.items()
+        }
+        points = {name: [pair for pair in own if None not in pair] for name, own in scores.items()}
+        if points := {name: pairs for name, pairs in points.items() if pairs}:
+            found.append(
+                (f"Forgetting S against plasticity P. {caption}", plots.plot_points(points, "S", "P"))
+            )
     for name, what in {
         "loss": "Loss, mean of an epoch",
         "feature_std": "Standard deviation of projections",
     }.items():
-        pairs = {run: [(x["step"], x[name]) for x in own if name in x] for run, own in lines.items()}
-        curves = {run: tuple(zip(*own)) for run, own in pairs.items() if own}
-        if curves:
+        curves = {label: run.lines("metrics.jsonl", "step", name) for label, run in runs.items()}
+        if curves := {label: tuple(zip(*pairs)) for label, pairs in curves.items() if pairs}:
             found.append((what, plots.plot_curves(curves, "step", what)))
     return found
 
 
 def costs(grid):
     """The table of what the runs cost, the header first; no rows where nothing was logged."""
-    found = {}
+    rows = [["method", "regulariser", "seed", "images/s", "minutes", "GPU GiB"]]
     for key, runs in grid.items():
         for run in runs:
-            if epochs := run.lines("speed.jsonl"):
-                column = lambda name: [line[name] for line in epochs if name in line]  # noqa: E731
-                values = [statistics.median(column("images_per_second")), sum(column("seconds")) / 60]
-                values += [max(memory)] if (memory := column("gpu_memory_gib")) else []
-                found[*key, str(run.args["seed"]), run.folder] = values
-    rows = [[*key[:3], *(f"{value:.4g}" for value in values)] for key, values in found.items()]
-    widest = max(map(len, rows), default=0)
-    header = ["method", "regulariser", "seed", "images/s", "minutes", "GPU GiB"][:widest]
-    return [header, *(row + [""] * (widest - len(row)) for row in rows)]
+            if epochs := run.lines("speed.jsonl", "images_per_second", "seconds"):
+                speeds, seconds = zip(*epochs)
+                memory = max(run.lines("speed.jsonl", "gpu_memory_gib"), default=[])
+                values = statistics.median(speeds), sum(seconds) / 60, *memory
+                rows.append([*key, str(run.args["seed"]), *(f"{value:.4g}" for value in values)])
+    return [row + [""] * (6 - len(row)) for row in rows]
 
 
 def as_html(groups, failures):
@@ -335,8 +393,7 @@ def as_html(groups, failures):
     out.append(tag("p", ABOUT))
     for each in groups:
         out.append(tag("h2", each.title))
-        if difference := each.difference(groups[0]):
-            out.append(tag("p", f"Differs from the first group by {difference}."))
+        out.append(tag("p", each.difference))
         out += [table(*shown) for shown in each.tables]
         for words, figure in figures(each.grid):
             out += [tag("p class=small", words), f'<img alt="" src="{as_png(figure)}">']
@@ -353,6 +410,7 @@ def main(args):
     for folder in args.runs:
         try:
             runs.append(read(folder))
+            failures += [f"{folder}: {name}" for name in runs[-1].partial]
         except ValueError as error:
             failures.append(f"{folder}: {error}")
     if not runs:
@@ -369,7 +427,7 @@ def main(args):
         (out / "tables.md").write_text(as_markdown(groups))
         (out / "tables.tex").write_text(as_latex(groups))
         write_csv(out / "tables.csv", groups)
-        print(f"{len(runs)} runs in {len(groups)} groups: {out / 'index.html'}")
+        print(f"{len(runs)} run(s) in {len(groups)} group(s): {out / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from utils import UserError, checkpoint
 from utils.collapse import feature_std
 from utils.log import Log, Meter, Progress
-from utils.metrics import SCORES, format_row
+from utils.metrics import SCORES, format_row, kind_of
 
 # arguments that may differ when a run is resumed: they change where and how fast it runs, not what it does
 FREE = "out_dir data_dir download cache device compile save_every log_every workers skip_corrupt"
@@ -108,6 +108,7 @@ class Run:
         if not self.resumed:
             plain = {name: value for name, value in self.arguments.items() if name not in FREE}
             first = {name.title(): plain.pop(name) for name in ("method", "regularizer", "seed")}  # as sorted
+            first["Regularizer"] = kind_of(self.arguments)
             kinds = {"eval": args.eval, f"eval_online_linear_{args.online_probe}": args.online_probe}
             tags = [
                 f"{k}/{score}" for k, how in kinds.items() if how not in ("none", "off") for score in SCORES
@@ -291,7 +292,9 @@ class Run:
         self.log.metrics(kind, self.global_step, values, **where)
         self.log.scalars("collapse", self.global_step, monitors)
         protocol = block["protocol"].split(":")[0]
-        title = f"{self.args.dataset}, {self.args.method} + {self.args.regularizer}, seed {self.args.seed}\n"
+        title = (
+            f"{self.args.dataset}, {self.args.method} + {kind_of(self.arguments)}, seed {self.args.seed}\n"
+        )
         title += f"{protocol}, A = "
         names = self.data["tasks"] if self.args.scenario == "domain" else None
         figure = plot_matrix(block["matrix"], f"{title}{scores['average_accuracy']:.2f} %", names)
