@@ -20,18 +20,14 @@ import sys
 from itertools import takewhile
 from pathlib import Path
 
-from data import DATASETS, add_data_arguments
+from data import DATASETS, OF_TASKS, add_data_arguments
 from losses import find
 from models import add_network_arguments, resolve_network
 from utils.arguments import Parser
 from utils.stop import Stop
 
-OF_DATA = "data_dir cache cache_size probe_data_dir domain_order class_order task_sizes scenario num_tasks"
-OF_DATA = [*OF_DATA.split(), "val_split"]
-OF_THE_RUN = (
-    "dataset scenario num_tasks seed backbone width stem domain_order class_order task_sizes cache_size"
-)
-OF_THE_RUN = [*OF_THE_RUN.split(), "val_split"]
+OF_DATA = [*OF_TASKS, "data_dir", "cache", "cache_size", "probe_data_dir", "val_split"]
+OF_THE_RUN = [*OF_TASKS, "dataset", "seed", "backbone", "width", "stem", "cache_size", "val_split"]
 OF_PROBE = "probe_lr probe_views probe_momentum".split()
 NOT_OF_THE_RUN = "eval device workers out_dir reference download skip_corrupt".split()
 
@@ -175,8 +171,7 @@ def transfer_arguments(args, flag, name):
         raise UserError(f"{flag}: neither a folder nor NAME or NAME=DIR with NAME one of {known}")
     if other.dataset != "folder" or any((Path(other.data_dir) / test).is_dir() for test in ("test", "val")):
         other.val_split = None
-    other.scenario, other.num_tasks = "class", 1
-    other.domain_order = other.class_order = other.task_sizes = other.probe_data_dir = None
+    vars(other).update(dict.fromkeys((*OF_TASKS, "probe_data_dir")), scenario="class", num_tasks=1)
     return other
 
 
@@ -272,11 +267,7 @@ def settings_of(args, config, source, transfer):
     dataset = args.dataset + f":{Path(args.data_dir).resolve()}" * (elsewhere and args.dataset != "digits")
     settings = {"dataset": dataset, "size": args.image_size, "normalize": source}
     settings |= {"transfer": True} if transfer else {}
-    own = (
-        ()
-        if transfer
-        else ("scenario", "num_tasks", "domain_order", "class_order", "task_sizes", "probe_data_dir")
-    )
+    own = () if transfer else (*OF_TASKS, "probe_data_dir")
     for name in (*own, "seed", "precision", "val_split", "cache_size"):
         if getattr(args, name) != config.get(name):
             settings[name] = getattr(args, name)

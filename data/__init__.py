@@ -7,6 +7,8 @@ from pathlib import Path
 # functions in datasets.py
 DATASETS = "digits cifar10 cifar100 svhn stl10 imagenet100 imagenet domainnet folder".split()
 SCENARIOS = ("class", "data", "domain")
+# the flags that say what the tasks are
+OF_TASKS = ("scenario", "num_tasks", "domain_order", "class_order", "task_sizes", "sequence")
 
 
 def default_workers():
@@ -21,6 +23,13 @@ def lines(path):
         return [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise argparse.ArgumentTypeError(f"cannot read {path}") from error
+
+
+class Sequence(argparse.Action):
+    """--sequence is a data set, of which each domain is a task."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.sequence, namespace.dataset, namespace.scenario = values, "sequence", "domain"
 
 
 def add_data_arguments(parser):
@@ -56,5 +65,8 @@ def add_data_arguments(parser):
         metavar="N",
         help="classes of each task, where they are not equal",
     )
+    text = "different data sets as tasks, such as cifar100:DIR svhn:DIR digits folder:DIR; each is held in "
+    text += "memory at --image_size, and evaluated on its own classes"
+    add("--sequence", action=Sequence, nargs="+", metavar="SET", help=text)
     add("--seed", type=int, default=5, help="of everything: class order, weights, sample order, views")
     return add

@@ -9,11 +9,14 @@ import pytest
 import scipy.io
 import torch
 import trees
-from conftest import TINY, arguments, crash, fails, outcome, run, same
+from conftest import CPU, TINY, arguments, crash, fails, outcome, run, same
+from PIL import Image
 
 import main_linear
 from data import DATASETS
 from data.datasets import DOMAINS, load_dataset
+from models.resnet import build_backbone
+from utils import evaluate
 
 # folder, --dataset, scenarios ("joint": one task), flags for epochs of three steps or more
 SETS = """
@@ -168,3 +171,42 @@ def test_val_split(data, tmp_path, capsys):
     assert run(f"--run {folder} --protocol knn --val_split 0.25", main_linear) == 0
     (name, block) = next(iter(trees.results(folder).items()))
     assert "val_split=0.25" in name and len(block["matrix"]) == 2
+
+
+def test_sequence(tmp_path, capsys):
+    """Different sets in a row, of other sizes and of grey images: each evaluated on its own classes, by its
+    own neighbours; a run of two grows by a third."""
+    trees.small(tmp_path / "tall", classes=3, count=40)
+    trees.small(tmp_path / "grey", classes=2, count=40)
+    for folder, mode, size in (("tall", "RGB", (9, 13)), ("grey", "L", (16, 16))):
+        for path in (tmp_path / folder).rglob("*.png"):
+            Image.open(path).convert(mode).resize(size).save(path)
+    sets = f"digits folder:{tmp_path / 'tall'} folder:{tmp_path / 'grey'}"
+    call = f"{TINY} --epochs 1 --image_size 8 --num_tasks"
+    two, three = tmp_path / "two", tmp_path / "three"
+    assert run(f"{call} 2 --out_dir {two} --sequence {sets.rpartition(' ')[0]}") == 0
+    assert run(f"{call} 3 --out_dir {three} --init_from {two} --sequence {sets}") == 0
+    a, b = (trees.results(folder)["matrix"] for folder in (two, three))
+    assert [row[:2] for row in b[:2]] == a and len(b) == 3 and len(b[0]) == 3
+    assert "for each data set" in trees.results(three)["protocol"]
+    train, _, test = load_dataset(arguments(f"--image_size 8 --sequence {sets}"))
+    assert train.domain_names == ("digits", "tall", "grey") and len(train.classes) == 15
+    assert train.images.shape[2:] == (8, 8) and train.mean == load_dataset(arguments())[0].mean
+    backbone = build_backbone("resnet10", 4, "cifar")
+    backbone.load_state_dict(torch.load(three / "task2.pt")["backbone"])
+    extract = evaluate.features_of(arguments("--image_size 8 --precision fp32"), CPU, backbone)
+    for domain, accuracy in enumerate(b[2]):
+        (x, y), (queries, truth) = (
+            extract(images.subset((images.domains == domain).nonzero()[:, 0])) for images in (train, test)
+        )
+        (votes,) = evaluate.knn(x, y, queries, 15)
+        assert accuracy == round(100 * float((votes.argmax(1) == truth).double().mean()), 4)
+    assert run(f"--run {three} --transfer digits", main_linear) == 0
+    assert run(f"--run {three}", main_linear) == 0
+    for wrong, told in {"digits": "--sequence", "nosuch:x": "nosuch:x", f"folder:{two}": str(two)}.items():
+        fails(capsys, f"{call} 2 --out_dir {tmp_path / 'x'} --sequence digits {wrong}", told)
+    fails(
+        capsys,
+        f"{call} 3 --out_dir {tmp_path / 'x'} --init_from {two} --sequence {sets} --width 8",
+        "--width",
+    )

@@ -39,7 +39,7 @@ def test_task_rows_by_hand():
         SimpleNamespace(names=[["a", "d"], ["b", "c"]]),
         [torch.tensor([0, 2]), torch.tensor([1, 3])],
     )
-    owner = evaluate.owners(tasks, list("abcd"), "cpu")
+    owner = evaluate.owners(tasks, SimpleNamespace(classes=list("abcd"), labels=torch.tensor(0)))
     assert owner.tolist() == [0, 1, 1, 0]
     masked, level = evaluate.task_rows(scores, torch.tensor([0, 1, 0, 2]), parts, owner, scores)
     assert masked == [50.0, 50.0] and level == [100.0, 100.0]

@@ -167,25 +167,29 @@ def accuracy_rows(args, process, extract, probe, tested, tasks, ks=(KNN_K,), tas
     known, labels = y >= 0, process.gather(tested[1])
     if not process.any_rank(known.any()) or not all((labels[part] >= 0).any() for part in tasks.test):
         raise UserError("no image to evaluate a task with can be read: is the disk there?")
-    parts = [known]
+    parts, separate = [known], bool(args.sequence) and len(tasks.test) > 1
     if linear and args.scenario == "domain" and probe.domains is not None and len(tasks.test) > 1:
         shares = process.collect(len(known))
         own = probe.domains[sum(shares[: process.rank]) :][: len(known)].to(known.device)
         parts += [known & (own == domain) for domain in range(len(tasks.test))]
+    if separate or task_masked:  # the task of each class, of what is learnt from, and of what is tested
+        owner = owners(tasks, probe)
+        groups = owner[y[known]], torch.where(tested[1] >= 0, owner[tested[1]], -1)
     if linear:
         features = lambda epoch: extract(probe, epoch) if augmented and epoch else (x, y)  # noqa: E731
         sgd, lr = (args.probe_momentum, args.seed), args.probe_lr
         lr = choose_lr(features, known, count, *sgd, process) if lr == "sweep" else lr
-        found = linear_probe(features, parts, tested[0], count, lr, *sgd, PROBE_EPOCHS, process)
+        found = linear_probe(features, parts[separate:], tested[0], count, lr, *sgd, PROBE_EPOCHS, process)
+        if separate:  # of each image the scores by its own set's classifier
+            found = [torch.stack(found)[groups[1], torch.arange(len(groups[1]), device=y.device)]]
     else:
-        found = knn(x[known], y[known], tested[0], count, ks, process=process)
+        learnt = x[known], y[known], tested[0], count, ks, KNN_TEMPERATURE, process
+        found = knn(*learnt, groups if separate else None)
     joint, *others = map(process.gather, found)
     scores, rows = {"": joint} | ({} if linear else {f"k{k}": x for k, x in zip(ks[1:], others)}), {}
-    masked, owner = scores, owners(tasks, probe.classes, y.device) if task_masked else None
+    masked = scores
     if task_masked and not linear:  # the neighbours, too, are of the task
-        groups = owner[y[known]], torch.where(tested[1] >= 0, owner[tested[1]], -1)
-        found = knn(x[known], y[known], tested[0], count, ks, process=process, groups=groups)
-        masked = dict(zip(scores, map(process.gather, found)))
+        masked = dict(zip(scores, map(process.gather, knn(*learnt, groups))))
     for name, values in scores.items():
         rows[name] = accuracy_row(values.argmax(dim=1), labels, tasks.test)
         if task_masked:
@@ -199,10 +203,13 @@ def accuracy_rows(args, process, extract, probe, tested, tasks, ks=(KNN_K,), tas
     return rows
 
 
-def owners(tasks, classes, device):
-    """The task of each class: int64 [C]."""
-    task_of = {name: task for task, names in enumerate(tasks.names) for name in names}
-    return torch.tensor([task_of[name] for name in classes], device=device)
+def owners(tasks, probe):
+    """The task of each class: int64 [C]. probe: the ImageSet to learn from."""
+    if isinstance(tasks.names[0], list):
+        task_of = {name: task for task, names in enumerate(tasks.names) for name in names}
+        return torch.tensor([task_of[name] for name in probe.classes], device=probe.labels.device)
+    domains = probe.domains.to(probe.labels.device)  # of --sequence
+    return torch.zeros_like(domains[: len(probe.classes)]).scatter(0, probe.labels, domains)
 
 
 def task_rows(scores, labels, parts, owner, masked):
@@ -242,6 +249,7 @@ def protocol_name(args, name=""):
     """The words that stand beside every number. name: of what is reported beside the numbers of --eval."""
     joint = "one classifier over all classes"
     mean, std = (" ".join(f"{x:g}" for x in values) for values in args.normalize)
+    joint = "a classifier for each data set, over its classes" if args.sequence else joint
     images = f"images normalised by mean {mean}, deviation {std}"
     if name.startswith("online"):
         modes = {"clean": "eval mode", "released": "training mode, as in the papers' tables"}

@@ -17,12 +17,12 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+from data import OF_TASKS
 from losses import METHODS, REGULARIZERS
 from utils.arguments import Parser
 from utils.metrics import SCORES, kind_of
 
 # arguments in which runs have to agree to be compared; a joint run has no tasks of its own
-OF_TASKS = ("scenario", "num_tasks", "domain_order", "class_order", "task_sizes")
 SETTING = ["dataset", *OF_TASKS, "epochs", "backbone", "width", "stem", "image_size", "val_split"]
 # what changes no result, follows from the method, or is told by the protocol
 ASIDE = "out_dir data_dir download cache device compile save_every log_every workers skip_corrupt reference"
