@@ -263,7 +263,7 @@ def sequence(args):
     """The training and the test ImageSet of --sequence: different data sets as domains, each with classes of
     its own, their images cut to squares of --image_size pixels; normalised as the first of them. Raises
     UserError where a set has no labels to evaluate with."""
-    side, names, parts = args.image_size or SEQUENCE_SIZE, [], ([], [])
+    side, names, parts = getattr(args, "image_size", None) or SEQUENCE_SIZE, [], ([], [])
     for entry in args.sequence:
         dataset, _, place = entry.partition(":")
         if dataset not in DATASETS:

@@ -13,7 +13,7 @@ from conftest import CPU, TINY, arguments, crash, fails, outcome, run, same
 from PIL import Image
 
 import main_linear
-from data import DATASETS
+from data import DATASETS, check
 from data.datasets import DOMAINS, load_dataset
 from models.resnet import build_backbone
 from utils import evaluate
@@ -201,6 +201,7 @@ def test_sequence(tmp_path, capsys):
         )
         (votes,) = evaluate.knn(x, y, queries, 15)
         assert accuracy == round(100 * float((votes.argmax(1) == truth).double().mean()), 4)
+    assert check.main(check.parse_arguments(f"--sequence {sets} --batch_size 8".split())) == 0
     assert run(f"--run {three} --transfer digits", main_linear) == 0
     assert run(f"--run {three}", main_linear) == 0
     for wrong, told in {"digits": "--sequence", "nosuch:x": "nosuch:x", f"folder:{two}": str(two)}.items():
