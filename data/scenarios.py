@@ -93,7 +93,7 @@ def plan(train, test, args):
     if scenario == "class" and count > 1 and train.classes:
         parts = class_parts(train.classes, count, args.seed, args.class_order, sizes)
         names = [[train.classes[c] for c in part.tolist()] for part in parts]
-    elif scenario == "domain" and count > 1:
+    elif scenario == "domain" and count == len(train.domain_names):
         names = list(train.domain_names)
     tested, trained = None, split(train.labels, train.domains, scenario, parts, count)
     if test is not None and (scenario == "data" or train.probe is not None):

@@ -1,7 +1,5 @@
 """The figures of a run, and of several."""
 
-import base64
-import io
 import math
 import textwrap
 
@@ -69,6 +67,28 @@ def plot_curves(curves, x_label, y_label):
     return figure
 
 
+def plot_tasks(matrices, names=None):
+    """Accuracy on each task while later ones are trained, with a line for each matrix; names: of the tasks,
+    where they have any."""
+    tasks = len(next(iter(matrices.values())))
+    columns = min(5, tasks)
+    rows = math.ceil(tasks / columns)
+    figure = Figure(figsize=(1 + 3 * columns, 0.8 + 2.6 * rows), dpi=110, layout="constrained")
+    every = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in every[tasks:]:
+        axes.set_axis_off()
+    for number, axes in enumerate(every[:tasks]):
+        for name, matrix in matrices.items():
+            axes.plot(
+                range(len(matrix)), [row[number] for row in matrix], marker="o", markersize=3, label=name
+            )
+        title = names[number] if names else f"task {number}"
+        axes.set(title=title, xlabel="after training task", ylabel="accuracy (%)")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*every[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
+    return figure
+
+
 def plot_points(points, x_label, y_label):
     """points: {name: [(x, y), ...]}."""
     figure = Figure(figsize=(6, 4), dpi=110, layout="constrained")
@@ -87,10 +107,3 @@ def plot_spectrum(values):
     axes.plot(values.clamp(min=1e-12).log10().tolist())
     axes.set(xlabel="index", ylabel="log10 singular value of the features")
     return figure
-
-
-def as_png(figure):
-    """A data: URL."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

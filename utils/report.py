@@ -7,6 +7,7 @@ examples:
 Runs that differ in more than method, regulariser and seed stand in groups of their own.
 """
 
+import base64
 import csv
 import html
 import json
@@ -67,11 +68,12 @@ class Run:
         return self.args["num_tasks"] == 1
 
     def setting(self):
-        """What it has to agree in with others; a folder's images are known by their place alone."""
-        found = {name: self.args.get(name) for name in SETTING if not (self.joint and name in OF_TASKS)}
-        return found | (
-            {"dataset": f"folder {self.args['data_dir']}"} if found["dataset"] == "folder" else {}
-        )
+        """What it has to agree in with others; of a folder its place, of a sequence its sets."""
+        left_out = {*OF_TASKS, "epochs"} if self.joint else {"sequence"}
+        found = {name: self.args.get(name) for name in SETTING if name not in left_out}
+        places = {"folder": [self.args.get("data_dir")], "sequence": self.args.get("sequence")}
+        sets = [place.partition(":")[0] for place in places.get(found["dataset"]) or ()]
+        return found | {"dataset": " ".join([found["dataset"], *sets])}
 
     def differs(self, name):
         """What else may set it apart from runs of its setting, as text. To start from another run's first
@@ -133,7 +135,8 @@ class Group:
         if "scenario" in s:
             tasks = [f"{s['scenario']}-incremental, {s['num_tasks']} tasks"]
         network = f"{s['backbone']} (width {s['width']}, {s['stem']} stem, {s['image_size']} px)"
-        return ", ".join([s["dataset"], *tasks, f"epochs a task: {s['epochs']}", network])
+        epochs = [f"epochs a task: {s['epochs']}"] if "epochs" in s else []
+        return ", ".join([s["dataset"], *tasks, *epochs, network])
 
     @property
     def difference(self):
@@ -147,7 +150,7 @@ def parse_arguments(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run folders of main_cssl.py")
-    add("--out", metavar="DIR", help="where index.html, tables.md, tables.csv and tables.tex go")
+    add("--out", metavar="DIR", help="where index.html, its figures, tables.md, tables.csv and tables.tex go")
     add("--text", action="store_true", help="tables on the terminal, in at most 100 columns")
     args = parser.parse_args(argv)
     if not args.out and not args.text:
@@ -192,20 +195,23 @@ def read(folder):
 
 
 def group(runs):
-    """The Groups; joint runs stand in every one that they agree with."""
+    """The Groups; joint runs stand in every one that they agree with, if there is none of as many epochs
+    also in others."""
     groups = {}
     for run in sorted(runs, key=lambda run: run.joint):
         own = run.setting().items()
         fitting = [key for key in groups if run.joint and own <= json.loads(key).items()]
-        for key in fitting or [json.dumps(run.setting())]:
+        equal = [key for key in fitting if json.loads(key)["epochs"] == run.args["epochs"]]
+        for key in equal or fitting or [json.dumps(run.setting())]:
             groups.setdefault(key, []).append(run)
-    grids, settings = [*map(cells, groups.values())], [*map(json.loads, groups)]
+    settings = [*map(json.loads, groups)]
+    grids = [cells(members, s.get("epochs")) for s, members in zip(settings, groups.values())]
     return [Group(s, grid, tables(s, grid), settings[0]) for s, grid in zip(settings, grids)]
 
 
-def cells(runs):
+def cells(runs, epochs):
     """{(method, label): runs}: a label is the regulariser, and by what else runs of it differ, but for the
-    seed."""
+    seed. epochs: of the group, of which those of a joint run may differ."""
     kinds, found = {}, {}
     for run in runs:
         kinds.setdefault((run.args["method"], kind_of(run.args)), []).append(run)
@@ -216,7 +222,8 @@ def cells(runs):
         names = sorted({name for run in members for name in run.args} - ASIDE)
         differing = [name for name in names if len({run.differs(name) for run in members}) > 1]
         for run in members:
-            others = (f"{name} {run.differs(name)}" for name in differing)
+            others = [f"{name} {run.differs(name)}" for name in differing]
+            others += [f"epochs {run.args['epochs']}"] if run.args["epochs"] != epochs else []
             label = ", ".join([NAMES.get(kind, kind), *others])
             found.setdefault((NAMES.get(method, method), label), []).append(run)
     return found
@@ -341,6 +348,9 @@ def figures(grid):
         caption, cells = max(shown.items(), key=lambda item: sum(map(len, item[1].values())))
         means = {name: plots.mean_matrix([b["matrix"] for b in blocks]) for name, blocks in cells.items()}
         found.append((f"Accuracy matrices, mean over seeds. {caption}", plots.plot_matrices(means)))
+        names = next((run.args["sequence"] for run in runs.values() if run.args.get("sequence")), ())
+        names = [name.partition(":")[0] for name in names]
+        found.append((f"Accuracy on each task. {caption}", plots.plot_tasks(means, names)))
         seen = {name: [statistics.mean(row[: t + 1]) for t, row in enumerate(m)] for name, m in means.items()}
         curves = {name: (range(len(row)), row) for name, row in seen.items()}
         labels = "after training task", "mean accuracy on the tasks so far (%)"
@@ -376,9 +386,15 @@ def costs(grid):
     return [row + [""] * (6 - len(row)) for row in rows]
 
 
-def as_html(groups, failures):
-    """The page, pictures inside."""
-    from utils.plots import as_png
+def as_html(groups, failures, out):
+    """The page, pictures inside, which are also written to the folder `out`."""
+
+    def picture(figure):
+        name = f"figure{len([*out.glob('figure*.pdf')]) + 1}"
+        figure.savefig(out / f"{name}.pdf")
+        figure.savefig(out / f"{name}.png")
+        data = base64.b64encode((out / f"{name}.png").read_bytes()).decode()
+        return f'<img alt="" src="data:image/png;base64,{data}">'
 
     def tag(name, *words, escape=html.escape):
         return f"<{name}>{''.join(map(escape, words))}</{name.split()[0]}>"
@@ -388,19 +404,20 @@ def as_html(groups, failures):
                        for kind, line in zip(["th", *["td"] * len(lines)], lines)]  # fmt: skip
         return tag("p class=small", words) + f"<div class=wide><table>{head}{''.join(body)}</table></div>"
 
-    out = [tag("h1", "Continual self-supervised learning: runs compared")]
-    out += [tag("p class=note", f"Not shown: {line}") for line in failures]
-    out.append(tag("p", ABOUT))
+    for old in out.glob("figure*.p[dn][fg]"):
+        old.unlink()
+    page = [tag("h1", "Continual self-supervised learning: runs compared")]
+    page += [tag("p class=note", f"Not shown: {line}") for line in failures]
+    page.append(tag("p", ABOUT))
     for each in groups:
-        out.append(tag("h2", each.title))
-        out.append(tag("p", each.difference))
-        out += [table(*shown) for shown in each.tables]
+        page += [tag("h2", each.title), tag("p", each.difference)]
+        page += [table(*shown) for shown in each.tables]
         for words, figure in figures(each.grid):
-            out += [tag("p class=small", words), f'<img alt="" src="{as_png(figure)}">']
-        out += [table(COST, cost)] if len(cost := costs(each.grid)) > 1 else []
+            page += [tag("p class=small", words), picture(figure)]
+        page += [table(COST, cost)] if len(cost := costs(each.grid)) > 1 else []
     head = '<!doctype html><html lang="en"><meta charset="utf-8">'
     head += '<meta name="viewport" content="width=device-width">'
-    return f"{head}<title>Runs compared</title><style>{STYLE}</style>{''.join(out)}</html>\n"
+    return f"{head}<title>Runs compared</title><style>{STYLE}</style>{''.join(page)}</html>\n"
 
 
 def main(args):
@@ -423,7 +440,7 @@ def main(args):
     if args.out:
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "index.html").write_text(as_html(groups, failures))
+        (out / "index.html").write_text(as_html(groups, failures, out))
         (out / "tables.md").write_text(as_markdown(groups))
         (out / "tables.tex").write_text(as_latex(groups))
         write_csv(out / "tables.csv", groups)

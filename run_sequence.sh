@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Different data sets in a row, where forgetting shows on a CPU: CIFAR-100, then scikit-learn's digits, then what else is named; a
+# finished sequence grows by the next set. Ends in the report: RUNS/report.
+#   DATA=DIR bash run_sequence.sh [SEED ...]        CIFAR-100 in torchvision's files, or train/<class>/ and test/<class>/; seeds 5 6 7
+#   SETS="svhn:DIR folder:DIR"   further sets (each trained EPOCHS epochs)
+#   METHOD=moco  REGULARIZERS="finetune cassle pnr joint"  RUNS=DIR (runs/sequence)  FLAGS="..." of main_cssl.py  PYTHON=...
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/scripts/python.sh"
+need torch || fail "no python with PyTorch: activate an environment that has it, or let bash run_quickstart.sh make .venv"
+RUNS=${RUNS:-runs/sequence} METHOD=${METHOD:-moco}
+read -ra ALL <<< "cifar100:${DATA:-datasets} digits ${SETS:-}"
+read -ra EPOCHS <<< "${EPOCHS:-3 60}"
+read -ra EXTRA <<< "${FLAGS:-}"
+
+# train NAME NUMBER_OF_SETS [flags]
+train() {
+  echo "== $1"
+  "$PYTHON" "$ROOT/main_cssl.py" --out_dir "$RUNS/$1" --method "$METHOD" --sequence "${ALL[@]:0:$2}" --seed "$seed" --backbone resnet10 \
+    --width 16 --image_size 16 --batch_size 128 --eval knn "${@:3}" ${EXTRA[@]+"${EXTRA[@]}"}
+}
+
+for seed in ${*:-5 6 7}; do
+  train "first-seed$seed" 1 --regularizer finetune --epochs "${EPOCHS[0]}"
+  for regularizer in ${REGULARIZERS:-finetune cassle pnr joint}; do
+    before=first-seed$seed
+    if [ "$regularizer" = joint ]; then
+      train "joint-seed$seed" ${#ALL[@]} --regularizer finetune --num_tasks 1 --epochs "${JOINT:-5}"
+      continue
+    fi
+    for ((count = 2; count <= ${#ALL[@]}; count++)); do
+      name=$regularizer-seed$seed
+      [ "$count" -eq ${#ALL[@]} ] || name=$count-sets-$name
+      train "$name" "$count" --regularizer "$regularizer" --init_from "$RUNS/$before" --epochs "${EPOCHS[count - 1]:-${EPOCHS[-1]}}"
+      before=$name
+    done
+  done
+done
+PYTHONPATH=$ROOT "$PYTHON" -m utils.report "$RUNS"/{finetune,cassle,pnr,joint}-seed* --text --out "$RUNS/report"
