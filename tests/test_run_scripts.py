@@ -249,3 +249,16 @@ def test_table_of_a_killed_run(tmp_path):
     for words in (("cifar",), ("cifar100", "five")):
         done = script("run_table.sh", *words, PYTHON=sys.executable)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
+def test_sequence(tmp_path):
+    """A sequence that grows set by set, beside joint training, and the report with the sets' names."""
+    trees.small(tmp_path / "data", classes=4, count=16)
+    flags = f"--width 4 --image_size 8 --batch_size 16 --device cpu {find('moco').small}"
+    variables = {"PYTHON": sys.executable, "DATA": "data", "RUNS": "runs", "EPOCHS": "1 1", "JOINT": "1"}
+    variables |= {"SETS": "folder:data", "REGULARIZERS": "pnr joint", "FLAGS": flags}
+    done = script("run_sequence.sh", "6", cwd=tmp_path, **variables)
+    assert done.returncode == 0, done.stderr
+    assert [len(row) for row in trees.results(tmp_path / "runs" / "pnr-seed6")["matrix"]] == [3, 3, 3]
+    assert "sequence cifar100 digits folder, domain-incremental, 3 tasks" in done.stdout
+    assert "joint" in done.stdout and "2 run(s) in 1 group(s)" in done.stdout
