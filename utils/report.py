@@ -48,7 +48,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 0 auto; 
 table { border-collapse: collapse; white-space: nowrap } h2 { margin-top: 2em } .note { color: #a40000 }
 td, th { padding: .2em .8em; text-align: right; border-bottom: 1px solid #ddd }
 td:first-child, td:nth-child(2), th:first-child, th:nth-child(2) { text-align: left }
-.wide { overflow-x: auto; margin: 0 0 1.5em } img { max-width: 100%; height: auto }
+.wide { overflow-x: auto; margin: 0 0 1.5em } img { max-width: max(100%, 640px); height: auto }
 .small { font-size: 13px; color: #555; margin: 1em 0 .3em }
 """
 
@@ -341,7 +341,8 @@ def figures(grid):
     for key, own in grid.items():
         for run in own:
             runs[f"{', '.join(key)}, seed {run.args['seed']}"] = run
-            for caption, block in run.protocols().items() if not run.joint else ():
+            alone = kind_of(run.args) in ("joint", "single tasks")
+            for caption, block in run.protocols().items() if not alone else ():
                 if "matrix" in block:
                     shown.setdefault(caption, {}).setdefault(", ".join(key), []).append(block)
     if shown:  # of the protocol that most runs have
@@ -394,7 +395,7 @@ def as_html(groups, failures, out):
         figure.savefig(out / f"{name}.pdf")
         figure.savefig(out / f"{name}.png")
         data = base64.b64encode((out / f"{name}.png").read_bytes()).decode()
-        return f'<img alt="" src="data:image/png;base64,{data}">'
+        return f'<div class=wide><img alt="" src="data:image/png;base64,{data}"></div>'
 
     def tag(name, *words, escape=html.escape):
         return f"<{name}>{''.join(map(escape, words))}</{name.split()[0]}>"
