@@ -2,7 +2,7 @@
 # Different data sets in a row, where forgetting shows on a CPU: CIFAR-100, then scikit-learn's digits, then what else is named; a
 # finished sequence grows by the next set. Ends in the report: RUNS/report.
 #   DATA=DIR bash run_sequence.sh [SEED ...]        CIFAR-100 in torchvision's files, or train/<class>/ and test/<class>/; seeds 5 6 7
-#   SETS="svhn:DIR folder:DIR"   further sets (each trained EPOCHS epochs)
+#   SETS="svhn:DIR folder:DIR"   further sets;  EPOCHS="3 60 ..."  of each set (60);  JOINT=5  of joint training
 #   METHOD=moco  REGULARIZERS="finetune cassle pnr joint"  RUNS=DIR (runs/sequence)  FLAGS="..." of main_cssl.py  PYTHON=...
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/python.sh"
@@ -30,9 +30,10 @@ for seed in ${*:-5 6 7}; do
     for ((count = 2; count <= ${#ALL[@]}; count++)); do
       name=$regularizer-seed$seed
       [ "$count" -eq ${#ALL[@]} ] || name=$count-sets-$name
-      train "$name" "$count" --regularizer "$regularizer" --init_from "$RUNS/$before" --epochs "${EPOCHS[count - 1]:-${EPOCHS[-1]}}"
+      train "$name" "$count" --regularizer "$regularizer" --init_from "$RUNS/$before" --epochs "${EPOCHS[count - 1]:-60}"
       before=$name
     done
   done
 done
+shopt -s nullglob
 PYTHONPATH=$ROOT "$PYTHON" -m utils.report "$RUNS"/{finetune,cassle,pnr,joint}-seed* --text --out "$RUNS/report"

@@ -39,8 +39,7 @@ cell() {
   settings="${SMOKE:-} ${TASKS:-} ${SCENARIO:-} ${FLAGS:-} $*"
   [ "$settings" != "$(cat "$RUNS/$name/.complete" 2> /dev/null || echo none)" ] || return 0
   if [ -n "${SMOKE:-}" ]; then
-    read -ra small <<< "$("$PYTHON" -c "import sys; sys.path.insert(0, '$ROOT'); from losses import find; print(find('$method').small)" 2> /dev/null)"
-    small+=(--dataset digits --scenario class --num_tasks "${TASKS:-5}" --backbone resnet10 --width 4 --image_size 8 --epochs 1
+    small=(${SMALL[@]+"${SMALL[@]}"} --dataset digits --scenario class --num_tasks "${TASKS:-5}" --backbone resnet10 --width 4 --image_size 8 --epochs 1
             --batch_size 32 --optimizer adam --lr 1e-3 --eval knn --online_probe off --device cpu)
   fi
   echo "== $name"
@@ -54,6 +53,7 @@ cell() {
 
 for seed in $SEEDS; do
   for method in ${METHODS:-moco simclr byol vicreg barlow falcon}; do
+    [ -z "${SMOKE:-}" ] || read -ra SMALL <<< "$(cd "$ROOT" && "$PYTHON" -c "from losses import find; print(find('$method').small)" 2> /dev/null)"
     id=$method-seed$seed alone=() first=(--init_from "$RUNS/finetune-$id/task0.pt")
     if [ -n "$PLASTICITY" ]; then
       REFERENCE=1 cell "single-$id" "$method" finetune

@@ -114,7 +114,9 @@ def test_tensorboard_of_several_runs(folder, tmp_path, monkeypatch):
     the projector has the class and the task of each test image."""
     trees.no_pictures(monkeypatch)
     call = f"{FINETUNE} --init_from {folder / 'task0.pt'} --embedding --out_dir {tmp_path / 'a'}"
+    crash(monkeypatch, call, lambda state: state.finished == 1)
     assert run(call) == 0
+    assert (tmp_path / "a" / "projector_config.pbtxt").read_text().count("tensor_path") == 2
     steps = []
     for path in (folder, tmp_path / "a"):
         events = EventAccumulator(str(path))

@@ -108,6 +108,7 @@ def test_only_like_is_compared_with_like(tmp_path, capsys):
     said = capsys.readouterr()
     (group,) = report.group([report.read(run) for run in runs])
     assert [len(table) - 1 for _, table in group.tables] == [3, 1]
+    assert "lr 0.6, " in report.group([report.read(runs[0])])[0].tables[0][0]
     assert "lr of each method" in said.out and "transfer True; dataset svhn" in said.out
     assert "init_from imagenet.pt" in said.out and "precision fp16" in said.out and "2.00" in said.out
     assert max(map(len, said.out.splitlines())) <= 100 and "half (1 of 2 tasks)" in said.err

@@ -203,62 +203,45 @@ def test_slurm_saves_and_requeues(cluster, tmp_path):
 
 
 def test_table(tmp_path):
-    """What is missing is run, from the fine-tuned first task; a cell that fails is named and the rest goes
-    on; the same command runs only what is missing, and ends in the report."""
-    variables = {
-        "PYTHON": sys.executable,
-        "SMOKE": "1",
-        "TASKS": "2",
-        "METHODS": "nosuch moco",
-        "RUNS": "table",
-    }
-    call = ("run_table.sh", "cifar100", "6")
-    done = script(*call, cwd=tmp_path, REGULARIZERS="finetune pnr", **variables)
-    assert done.returncode == 1 and "failed: finetune-nosuch-seed6 (status 2)" in done.stderr
-    assert "2 run(s) in 1 group(s)" in done.stdout and (tmp_path / "table" / "report" / "index.html").exists()
-    config = json.loads((tmp_path / "table" / "pnr-moco-seed6" / "config.json").read_text())["arguments"]
-    assert config["init_from"] == "table/finetune-moco-seed6/task0.pt" and config["seed"] == 6
-    done = script(*call, cwd=tmp_path, REGULARIZERS="joint", **variables)
-    assert "== finetune-moco" not in done.stdout and "== joint-moco-seed6" in done.stdout
-    assert "joint" in done.stdout and "3 run(s) in 1 group(s)" in done.stdout
-    other = {**variables, "METHODS": "moco", "FLAGS": "--epochs 2", "REGULARIZERS": "finetune"}
-    done = script(*call, cwd=tmp_path, **other)  # what is there is of other settings
-    assert done.returncode == 1 and "a run with --epochs 1, not 2" in done.stderr
-    done = script(*call, cwd=tmp_path, **{**variables, "METHODS": "nosuch", "RUNS": "none"})
-    assert done.returncode == 1 and "failed: finetune-nosuch-seed6" in done.stderr
-
-
-def test_table_of_a_killed_run(tmp_path):
-    """A run that the system kills is a failed cell; plasticity comes from single tasks."""
-    killer = f'case "$*" in *finetune-moco*) kill -9 $$ ;; *) exec {sys.executable} "$@" ;; esac'
+    """What is missing is run, from the fine-tuned first task; a cell that fails, or that the system kills, is
+    named and the rest goes on; a cell of other settings, or without a reference, is not taken for one of
+    these; the report ends it."""
+    killer = (
+        rf'case "$*" in *out_dir\ table/finetune-moco*) kill -9 $$ ;; *) exec {sys.executable} "$@" ;; esac'
+    )
     (tmp_path / "python").write_text(f"#!/usr/bin/env bash\n{killer}\n")
     (tmp_path / "python").chmod(0o755)
-    variables = {
-        "PYTHON": tmp_path / "python",
-        "SMOKE": "1",
-        "TASKS": "2",
-        "REFERENCE": "1",
-        "REGULARIZERS": "cassle",
-    }
-    done = script(
-        "run_table.sh", "cifar100", "6", cwd=tmp_path, METHODS="moco byol", RUNS="table", **variables
-    )
+
+    def table(python, **variables):
+        common = {"PYTHON": python, "SMOKE": "1", "TASKS": "2", "RUNS": "table", "REGULARIZERS": "pnr"}
+        return script("run_table.sh", "cifar100", "6", cwd=tmp_path, **common, **variables)
+
+    done = table(tmp_path / "python", METHODS="moco byol")
     assert done.returncode == 1 and "failed: finetune-moco-seed6 (status 137)" in done.stderr
-    assert trees.results(tmp_path / "table" / "cassle-byol-seed6")["plasticity"] is not None
-    assert "4 run(s) in 1 group(s)" in done.stdout
+    assert "failed: pnr-moco-seed6 (status 2)" in done.stderr and "2 run(s) in 1 group(s)" in done.stdout
+    config = json.loads((tmp_path / "table" / "pnr-byol-seed6" / "config.json").read_text())["arguments"]
+    assert config["init_from"] == "table/finetune-byol-seed6/task0.pt" and config["seed"] == 6
+    (tmp_path / "table" / "single-byol-seed6").mkdir()
+    lines = [
+        table("echo", METHODS="byol", **more).stdout for more in ({}, {"FLAGS": "--x"}, {"REFERENCE": "1"})
+    ]
+    assert [line.count("main_cssl.py") for line in lines] == [0, 2, 3]
+    assert (
+        lines[2].count("--single_tasks") == 1 and lines[2].count("--reference table/single-byol-seed6") == 2
+    )
     for words in (("cifar",), ("cifar100", "five")):
         done = script("run_table.sh", *words, PYTHON=sys.executable)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
 
 
 def test_sequence(tmp_path):
-    """A sequence that grows set by set, beside joint training, and the report with the sets' names."""
+    """A sequence that grows set by set, and the report with the sets' names."""
     trees.small(tmp_path / "data", classes=4, count=16)
-    flags = f"--width 4 --image_size 8 --batch_size 16 --device cpu {find('moco').small}"
+    flags = f"--width 4 --image_size 8 --batch_size 64 --device cpu {find('moco').small}"
     variables = {"PYTHON": sys.executable, "DATA": "data", "RUNS": "runs", "EPOCHS": "1 1", "JOINT": "1"}
-    variables |= {"SETS": "folder:data", "REGULARIZERS": "pnr joint", "FLAGS": flags}
+    variables |= {"REGULARIZERS": "pnr", "FLAGS": flags}
     done = script("run_sequence.sh", "6", cwd=tmp_path, **variables)
     assert done.returncode == 0, done.stderr
-    assert [len(row) for row in trees.results(tmp_path / "runs" / "pnr-seed6")["matrix"]] == [3, 3, 3]
-    assert "sequence cifar100 digits folder, domain-incremental, 3 tasks" in done.stdout
-    assert "joint" in done.stdout and "2 run(s) in 1 group(s)" in done.stdout
+    assert [len(row) for row in trees.results(tmp_path / "runs" / "pnr-seed6")["matrix"]] == [2, 2]
+    assert "sequence cifar100 digits, domain-incremental, 2 tasks" in done.stdout
+    assert "1 run(s) in 1 group(s)" in done.stdout

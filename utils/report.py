@@ -43,6 +43,7 @@ ABOUT = """A_T: average accuracy on all tasks after the last. S: forgetting, low
 FT: forward transfer. Mean ± standard deviation over seeds. Runs that must not be compared stand in groups."""
 COST = "Cost: medians and largest memory over epochs; minutes of training, with all evaluations but the last"
 OWN_TASK, RATE = re.compile(r"(task\d+\.pt|/)$"), re.compile(r"lr [\d.e+-]+(?=,)")
+EACH = "lr of each method"
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 0 auto; padding: 1em; color: #222 }
 table { border-collapse: collapse; white-space: nowrap } h2 { margin-top: 2em } .note { color: #a40000 }
@@ -89,7 +90,7 @@ class Run:
         for block in self.blocks.values():
             words, settings = block["protocol"], block.get("settings", {})
             if words in own:
-                words = RATE.sub("lr of each method", words)
+                words = RATE.sub(EACH, words)
             more = {name: value for name, value in settings.items() if name not in IN_WORDS}
             more |= {"dataset": settings["dataset"]} if "rows" in block else {}
             more |= (
@@ -248,8 +249,16 @@ def tables(setting, grid):
             ]
             scores = (spread([b[name] for b in means if b.get(name) is not None]) for name in COLUMNS)
             body.append([*key, *scores, count, known.get(key, "")])
-        shown.append((caption, [header, *body]))
+        shown.append(
+            (exact(caption, [block for pairs in rows.values() for _, block in pairs]), [header, *body])
+        )
     return shown
+
+
+def exact(caption, blocks):
+    """A caption with the probe's rate in it, if that is one for all blocks."""
+    words = {block["protocol"] for block in blocks}
+    return caption.replace(RATE.sub(EACH, one := words.pop()), one) if len(words) == 1 else caption
 
 
 def paper(setting, words):
@@ -347,6 +356,7 @@ def figures(grid):
                     shown.setdefault(caption, {}).setdefault(", ".join(key), []).append(block)
     if shown:  # of the protocol that most runs have
         caption, cells = max(shown.items(), key=lambda item: sum(map(len, item[1].values())))
+        caption = exact(caption, [block for blocks in cells.values() for block in blocks])
         means = {name: plots.mean_matrix([b["matrix"] for b in blocks]) for name, blocks in cells.items()}
         found.append((f"Accuracy matrices, mean over seeds. {caption}", plots.plot_matrices(means)))
         names = next((run.args["sequence"] for run in runs.values() if run.args.get("sequence")), ())
