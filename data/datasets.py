@@ -8,11 +8,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from torchvision.transforms.functional import center_crop, resize
 
-from data import DATASETS, OF_TASKS
 from data.cache import open_cache
-from data.files import Files, decode_all, list_classes, list_images, load_all
+from data.files import Files, list_classes, list_images, load_all
 from utils import UserError
 
 # CIFAR-10's; the released code takes them for CIFAR-100, too
@@ -24,7 +22,6 @@ SVHN_STATS = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)
 DOMAINS = ("real", "quickdraw", "painting", "sketch", "infograph", "clipart")  # the papers' order
 DOMAINNET_CLASSES, IMAGENET_CLASSES = 345, 1000
 STREAM_SIZE = 224  # of views of images that differ in size
-SEQUENCE_SIZE = 32  # of different data sets in a row
 TEN = [str(digit) for digit in range(10)]
 
 
@@ -259,64 +256,6 @@ def folder(split, args):
     return ImageSet(Files(root, names), labels, classes, *IMAGENET_STATS, domains, tasks)
 
 
-def sequence(args):
-    """The training and the test ImageSet of --sequence: different data sets as domains, each with classes of
-    its own, their images cut to squares of --image_size pixels; normalised as the first of them. Raises
-    UserError where a set has no labels to evaluate with."""
-    side, names, parts = getattr(args, "image_size", None) or SEQUENCE_SIZE, [], ([], [])
-    for entry in args.sequence:
-        dataset, _, place = entry.partition(":")
-        if dataset not in DATASETS:
-            known = ", ".join(DATASETS)
-            raise UserError(f"--sequence {entry}: neither SET nor SET:DIR with SET one of {known}")
-        names.append(Path(place).name if dataset == "folder" else dataset)
-        other = copy.copy(args)
-        vars(other).update(
-            dict.fromkeys((*OF_TASKS, "probe_data_dir", "val_split", "cache")), scenario="class"
-        )
-        other.dataset, other.data_dir = dataset, place or args.data_dir
-        train, _, test = load_dataset(other)
-        if test is None or (train.labels < 0).any():
-            raise UserError(f"--sequence {entry}: needs labelled images to train on and to test on")
-        for images, found in zip((train, test), parts):
-            if images.streams:
-                pixels = decode_all(images.images, "decoding", lambda image: squares(image[None], side)[0])
-                pixels = [_readable(x) for x in pixels]
-                images = replace(images, images=torch.stack(pixels))
-            found.append(replace(images, images=squares(images.images, side)))
-    if len(set(names)) < len(names):
-        raise UserError(f"--sequence {' '.join(args.sequence)}: a set comes twice, or two have one name")
-    return tuple(_joined(names, found) for found in parts)
-
-
-def _joined(names, sets):
-    """One ImageSet of several, the number of a set being its domain."""
-    classes = [f"{name}/{c}" for name, images in zip(names, sets) for c in images.classes]
-    first = [sum(len(images.classes) for images in sets[:number]) for number in range(len(sets))]
-    labels = torch.cat([images.labels + start for images, start in zip(sets, first)])
-    domains = torch.cat([torch.full_like(images.labels, number) for number, images in enumerate(sets)])
-    pixels = torch.cat([images.images for images in sets])
-    return ImageSet(pixels, labels, classes, sets[0].mean, sets[0].std, domains, tuple(names))
-
-
-def _readable(image):
-    if isinstance(image, UserError):
-        raise image
-    return image
-
-
-def squares(images, side):
-    """Images uint8 [N, 3, H, W], their short side resized to `side` pixels, and the middle of them."""
-    height, width = images.shape[2:]
-    if height == width == side:
-        return images
-    size = [round(side * length / min(height, width)) for length in (height, width)]
-    resized = [
-        resize(part, size, antialias=True) for part in images.split(1024)
-    ]  # bounds the memory it takes
-    return center_crop(torch.cat(resized), [side, side]).contiguous()
-
-
 def _some(names):
     names = sorted(names)
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
@@ -331,6 +270,8 @@ def find_dataset(args):
     if len(set(order)) < len(order):
         raise UserError(f"--domain_order {' '.join(order)} names a domain twice")
     if args.sequence:
+        from data.sequence import sequence
+
         train, test = sequence(args)
     else:
         train, test = (globals()[args.dataset](split, args) for split in ("train", "test"))

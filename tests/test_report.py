@@ -7,7 +7,7 @@ import statistics
 import pytest
 from conftest import fails
 
-from utils import report
+from utils import compare, report
 
 WORDS = "offline linear probe: SGD"
 
@@ -55,14 +55,14 @@ def test_tables(runs, tmp_path, capsys):
     call(*runs, "--text", "--out", tmp_path / "out")
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 100 + len(str(tmp_path))
-    groups = report.group([report.read(run) for run in runs])
+    groups = compare.group([compare.read(run) for run in runs])
     assert [each.setting["epochs"] for each in groups] == [2, 500]
     grid = groups[0].grid
     assert [*grid] == [("MoCo v2+", name) for name in ("CaSSLe, lr 0.6", "CaSSLe, lr 0.3", "PNR", "joint")]
     ((words, (_, *rows)),) = groups[0].tables
     spread, forgotten = f"55.00 ± {statistics.stdev([50, 60]):.2f}", f"5.00 ± {statistics.stdev([10, 0]):.2f}"
     assert words == WORDS and rows[2] == ["MoCo v2+", "PNR", spread, forgotten, "", "", "2", ""]
-    assert report.costs(grid)[1] == ["MoCo v2+", "CaSSLe, lr 0.6", "5", "900", "3", ""]
+    assert compare.costs(grid)[1] == ["MoCo v2+", "CaSSLe, lr 0.6", "5", "900", "3", ""]
     texts = [(tmp_path / "out" / name).read_text() for name in ("index.html", "tables.md", "tables.tex")]
     assert spread in out and spread in texts[0] and spread in texts[1] and r"55.00 $\pm$ 7.07" in texts[2]
     assert "epochs 500 instead of 2" in texts[0] and texts[0].count("data:image/png") >= 6
@@ -83,8 +83,8 @@ def test_the_papers_figure(tmp_path):
     cases = {"on": (5, online, "59.5"), "off": (5, WORDS, ""), "two": (2, online, "")}
     for name, (tasks, words, expected) in cases.items():
         matrix = [line[:tasks] for line in row[:tasks]]
-        run = report.read(make(tmp_path / name, matrix, words, num_tasks=tasks, regularizer="cassle"))
-        (group,) = report.group([run])
+        run = compare.read(make(tmp_path / name, matrix, words, num_tasks=tasks, regularizer="cassle"))
+        (group,) = compare.group([run])
         assert group.tables[0][1][1][-1] == expected
 
 
@@ -106,9 +106,9 @@ def test_only_like_is_compared_with_like(tmp_path, capsys):
     (runs[2] / "config.json").write_text(json.dumps(config))
     call(*runs, "--text")
     said = capsys.readouterr()
-    (group,) = report.group([report.read(run) for run in runs])
+    (group,) = compare.group([compare.read(run) for run in runs])
     assert [len(table) - 1 for _, table in group.tables] == [3, 1]
-    assert "lr 0.6, " in report.group([report.read(runs[0])])[0].tables[0][0]
+    assert "lr 0.6, " in compare.group([compare.read(runs[0])])[0].tables[0][0]
     assert "lr of each method" in said.out and "transfer True; dataset svhn" in said.out
     assert "init_from imagenet.pt" in said.out and "precision fp16" in said.out and "2.00" in said.out
     assert max(map(len, said.out.splitlines())) <= 100 and "half (1 of 2 tasks)" in said.err
@@ -133,7 +133,7 @@ def test_damage(runs, tmp_path, capsys):
     call(*runs, "--out", tmp_path / "out")
     said = capsys.readouterr()
     assert all(f"{folder}: " in said.err for folder in runs[:3]) and "3 run(s) in 2 group(s)" in said.out
-    assert len(report.read(runs[4]).lines("metrics.jsonl", "loss")) == 1
+    assert len(compare.read(runs[4]).lines("metrics.jsonl", "loss")) == 1
     assert "900" in (tmp_path / "out" / "index.html").read_text()
 
 
