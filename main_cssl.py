@@ -52,6 +52,13 @@ def parse_arguments(argv=None):
     add("--warmup_epochs", type=float, help=f"linear warm-up (default: 10; a third of runs under {SHORT})")
     add("--compile", action="store_true", help="torch.compile: slower to start, pays on long runs")
 
+    add_evaluation_arguments(parser)
+    for name in parser.peek(argv, "method", "regularizer"):
+        find(name).add_arguments(parser.add_argument_group(name).add_argument)
+    return parser.parse_args(argv)
+
+
+def add_evaluation_arguments(parser):
     add = parser.add_argument_group("evaluation and output").add_argument
     text = "train each task alone, from random weights, as plasticity is measured against; with finetune"
     add("--single_tasks", action="store_true", help=text)
@@ -77,10 +84,6 @@ def parse_arguments(argv=None):
     text = "steps (500) or time (90s, 10m, 1h) between checkpoints; also at an epoch's end, if cheap"
     add("--save_every", type=interval, default="10m", help=text)
     add("--log_every", type=int, default=50, help="steps between lines in metrics.jsonl and TensorBoard")
-
-    for name in parser.peek(argv, "method", "regularizer"):
-        find(name).add_arguments(parser.add_argument_group(name).add_argument)
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":  # before PyTorch is imported, which takes seconds

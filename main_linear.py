@@ -77,6 +77,13 @@ def parse_arguments(argv=None, config=None):
     known = {name: value for name, value in (config or {}).items() if name != "normalize"}
     parser.set_defaults(**{"dataset": None, "num_tasks": 1, **known})
     args = parser.parse_args(argv)
+    check_arguments(parser, args, config)
+    return args
+
+
+def check_arguments(parser, args, config):
+    """Ends the program where flags do not fit each other, or the run; and makes pairs of --normalize's
+    numbers."""
     if (args.run is None) == (args.checkpoint is None):
         parser.error("pass either --run DIR or --checkpoint FILE")
     for name in (name for name in OF_THE_RUN if args.run and name in (config or {})):
@@ -98,7 +105,6 @@ def parse_arguments(argv=None, config=None):
         if not len(numbers) == len(args.normalize) in (2, 6) or min(numbers[len(numbers) // 2 :]) <= 0:
             parser.error("--normalize: choose run, dataset, or two or six numbers, deviations above 0")
         args.normalize = [numbers[:3], numbers[3:]] if len(numbers) == 6 else [[x] * 3 for x in numbers]
-    return args
 
 
 if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
