@@ -59,6 +59,7 @@ def parse_arguments(argv=None):
 
 
 def add_evaluation_arguments(parser):
+    """The flags that say how the network is evaluated, and what is written."""
     add = parser.add_argument_group("evaluation and output").add_argument
     text = "train each task alone, from random weights, as plasticity is measured against; with finetune"
     add("--single_tasks", action="store_true", help=text)

@@ -86,9 +86,8 @@ class Log:
             tested = [" ".join(str(t) for t, own in enumerate(owners) if i in own) for i in drawn.tolist()]
             columns = [*zip(names, tested)], ["class", "task"]
             self.writer.add_embedding(features[drawn], columns[0], None, step, "features", columns[1])
-            listed = (
-                Path(self.writer.log_dir) / "projector_config.pbtxt"
-            )  # TensorBoard's writer starts it anew
+            # TensorBoard's writer begins this list anew when a run is resumed
+            listed = Path(self.writer.log_dir) / "projector_config.pbtxt"
             listed.write_text(self.embeddings + listed.read_text())
 
     def views(self, step, views, mean, std, count=8):
