@@ -145,6 +145,7 @@ def main(args, stop):
             train_one_epoch(args, run, model, learner, optimizer, scaler, epoch, batches)
         if run.finished == task:  # otherwise the run was interrupted after this evaluation
             if task < run.given_tasks:
+                run.save()  # so that it can be resumed once task0.pt is there
                 path = checkpoint.given(args.init_from, args.start_task)[task]
                 checkpoint.load_method(learner, path, args, tasks.names, task)
                 run.global_step += args.epochs * loader.steps  # so that curves of runs lie over each other
@@ -253,6 +254,8 @@ def build_learner(args, process, probe=None):
 def load_initial(args, process, learner, tasks):
     """The state that a new run starts from, read from --init_from, and how many of its tasks are done; None
     where it starts from random weights or is resumed."""
+    if args.start_task is not None and not args.init_from:
+        raise UserError(f"--start_task {args.start_task}: needs --init_from")
     if not args.init_from or checkpoint.states(args.out_dir):
         return None
     paths = checkpoint.given(args.init_from, args.start_task)

@@ -24,16 +24,15 @@ for seed in ${*:-5 6 7}; do
   for regularizer in ${REGULARIZERS:-finetune cassle pnr joint}; do
     before=first-seed$seed
     if [ "$regularizer" = joint ]; then
-      train "joint-seed$seed" ${#ALL[@]} --regularizer finetune --num_tasks 1 --epochs "${JOINT:-5}"
+      train "joint-${#ALL[@]}sets-seed$seed" ${#ALL[@]} --regularizer finetune --num_tasks 1 --epochs "${JOINT:-5}"
       continue
     fi
     for ((count = 2; count <= ${#ALL[@]}; count++)); do
-      name=$regularizer-seed$seed
-      [ "$count" -eq ${#ALL[@]} ] || name=$count-sets-$name
+      name=$regularizer-${count}sets-seed$seed
       train "$name" "$count" --regularizer "$regularizer" --init_from "$RUNS/$before" --epochs "${EPOCHS[count - 1]:-60}"
       before=$name
     done
   done
 done
 shopt -s nullglob
-PYTHONPATH=$ROOT "$PYTHON" -m utils.report "$RUNS"/{finetune,cassle,pnr,joint}-seed* --text --out "$RUNS/report"
+PYTHONPATH=$ROOT "$PYTHON" -m utils.report "$RUNS"/*-${#ALL[@]}sets-seed* --text --out "$RUNS/report"

@@ -90,8 +90,9 @@ def plan(train, test, args):
         raise UserError(f"--num_tasks {count}: --task_sizes gives {len(sizes)}: leave one of them out")
     default = len(train.domain_names) if scenario == "domain" else len(sizes or ()) or DEFAULT_TASKS
     count, parts, names = count or default, None, None
-    if scenario == "class" and count > 1 and train.classes:
+    if scenario == "class" and train.classes and (count > 1 or sizes or args.class_order):
         parts = class_parts(train.classes, count, args.seed, args.class_order, sizes)
+    if parts and count > 1:
         names = [[train.classes[c] for c in part.tolist()] for part in parts]
     elif scenario == "domain" and count == len(train.domain_names):
         names = list(train.domain_names)

@@ -20,12 +20,18 @@ def sequence(args):
     its own, their images cut to squares of --image_size pixels; normalised as the first of them. Raises
     UserError where a set has no labels to evaluate with."""
     side, names, parts = getattr(args, "image_size", None) or SEQUENCE_SIZE, [], ([], [])
+    for name in (
+        name for name in ("domain_order", "cache", "probe_data_dir", "val_split") if getattr(args, name)
+    ):
+        raise UserError(f"--{name}: not with --sequence")
+    if (args.dataset, args.scenario) != ("sequence", "domain"):
+        raise UserError("--dataset, --scenario: not with --sequence, where each data set is a task")
     for entry in args.sequence:
         dataset, _, place = entry.partition(":")
         if dataset not in DATASETS:
             known = ", ".join(DATASETS)
             raise UserError(f"--sequence {entry}: neither SET nor SET:DIR with SET one of {known}")
-        names.append(Path(place).name if dataset == "folder" else dataset)
+        names.append(Path(place or args.data_dir).name if dataset == "folder" else dataset)
         other = copy.copy(args)
         vars(other).update(
             dict.fromkeys((*OF_TASKS, "probe_data_dir", "val_split", "cache")), scenario="class"

@@ -183,6 +183,9 @@ def test_a_run_that_is_continued(method, regularizer, tmp_path, capsys, monkeypa
         shutil.copy(tmp_path / "five" / f"task{task}.pt", three)
     for name, words in {"a": f"{three}", "b": f"{tmp_path / 'five' / 'task4.pt'} --start_task 3"}.items():
         flags = f"{call} --init_from {words} --out_dir {tmp_path / name}"
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):  # once task0.pt is there
+            patch.setattr(main_cssl, "evaluate_task", lambda *_: 1 / 0)
+            run(flags)
         crash(monkeypatch, flags, lambda state: state.task == (1 if name == "a" else 3))  # noqa: B023
         assert run(flags) == 0
         found, expected = (outcome(tmp_path / place) for place in (name, "five"))
@@ -195,6 +198,7 @@ def test_a_run_that_is_continued(method, regularizer, tmp_path, capsys, monkeypa
     fails(capsys, f"{flags} {three} --regularizer finetune", "--regularizer")
     fails(capsys, f"{flags} {three} --width 8", "--width")
     fails(capsys, f"{flags} {three} --start_task 4", "task3.pt")
+    fails(capsys, f"{call} --out_dir {tmp_path / 'c'} --start_task 3", "--start_task")
     fails(capsys, f"{flags} {tmp_path}", "task0.pt")
     (tmp_path / "order").write_text("\n".join("8350169274"))
     fails(capsys, f"{flags} {three}", "task1.pt")

@@ -204,7 +204,9 @@ def test_sequence(tmp_path, capsys):
     assert check.main(check.parse_arguments(f"--sequence {sets} --batch_size 8".split())) == 0
     assert run(f"--run {three} --transfer digits", main_linear) == 0
     assert run(f"--run {three}", main_linear) == 0
-    for wrong, told in {"digits": "--sequence", "nosuch:x": "nosuch:x", f"folder:{two}": str(two)}.items():
+    wrong_sets = {"digits": "--sequence", "nosuch:x": "nosuch:x", f"folder:{two}": str(two)}
+    wrong_sets |= {"cifar10 --scenario data": "--scenario", "cifar10 --cache c": "--cache"}
+    for wrong, told in wrong_sets.items():
         fails(capsys, f"{call} 2 --out_dir {tmp_path / 'x'} --sequence digits {wrong}", told)
     fails(
         capsys,

@@ -242,6 +242,6 @@ def test_sequence(tmp_path):
     variables |= {"REGULARIZERS": "pnr", "FLAGS": flags}
     done = script("run_sequence.sh", "6", cwd=tmp_path, **variables)
     assert done.returncode == 0, done.stderr
-    assert [len(row) for row in trees.results(tmp_path / "runs" / "pnr-seed6")["matrix"]] == [2, 2]
+    assert [len(row) for row in trees.results(tmp_path / "runs" / "pnr-2sets-seed6")["matrix"]] == [2, 2]
     assert "sequence cifar100 digits, domain-incremental, 2 tasks" in done.stdout
     assert "1 run(s) in 1 group(s)" in done.stdout

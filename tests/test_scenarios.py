@@ -80,7 +80,7 @@ def test_order_and_sizes():
             plan(train, None, flags("class", None, [*wrong]))
     for call in (
         flags("class", 3, sizes=[5, 15]),
-        flags("class", None, sizes=[5, 5]),
+        flags("class", None, sizes=[5]),
         flags("data", 2, NAMES),
     ):
         with pytest.raises(UserError, match="--task_sizes"):

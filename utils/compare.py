@@ -51,7 +51,11 @@ class Run:
         left_out = {*OF_TASKS, "epochs"} if self.joint else {"sequence"}
         found = {name: self.args.get(name) for name in SETTING if name not in left_out}
         places = {"folder": [self.args.get("data_dir")], "sequence": self.args.get("sequence")}
-        sets = [place.partition(":")[0] for place in places.get(found["dataset"]) or ()]
+        places = places.get(found["dataset"]) or ()
+        sets = [
+            place if "folder" in (place[:6], found["dataset"]) else place.partition(":")[0]
+            for place in places
+        ]
         return found | {"dataset": " ".join([found["dataset"], *sets])}
 
     def differs(self, name):

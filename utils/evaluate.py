@@ -249,7 +249,6 @@ def protocol_name(args, name=""):
     """The words that stand beside every number. name: of what is reported beside the numbers of --eval."""
     joint = "one classifier over all classes"
     mean, std = (" ".join(f"{x:g}" for x in values) for values in args.normalize)
-    joint = "a classifier for each data set, over its classes" if args.sequence else joint
     images = f"images normalised by mean {mean}, deviation {std}"
     if name.startswith("online"):
         modes = {"clean": "eval mode", "released": "training mode, as in the papers' tables"}
@@ -257,6 +256,8 @@ def protocol_name(args, name=""):
         how += f"augmentation, which pass through the network in {modes[args.online_probe]}"
         return f"online linear probe ({args.online_probe}): {how}; {joint}; {images}"
     linear = args.eval == "linear"
+    if args.sequence and args.num_tasks != 1:
+        joint = "a classifier for each data set, over its classes"
     k, kind = (name[1:].partition(" ")[::2]) if name.startswith("k") else (KNN_K, name)
     own = (
         f"at test among the task's own classes of {joint}"
