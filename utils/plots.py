@@ -1,9 +1,18 @@
 """The figures of a run, and of several."""
 
+import io
 import math
 import textwrap
 
 from matplotlib.figure import Figure
+
+
+def save(figure, stem):
+    """stem.png and stem.pdf. They are drawn in memory first, since matplotlib hides that a disk is full."""
+    for suffix in ("png", "pdf"):
+        content = io.BytesIO()
+        figure.savefig(content, format=suffix)
+        stem.with_name(f"{stem.name}.{suffix}").write_bytes(content.getvalue())
 
 
 def draw_matrix(axes, matrix, title, low, high, names=None):

@@ -108,10 +108,11 @@ def write_csv(path, groups):
 def as_html(groups, failures, out):
     """The page, pictures inside, which are also written to the folder `out`."""
 
+    from utils.plots import save
+
     def picture(figure):
         name = f"figure{len([*out.glob('figure*.pdf')]) + 1}"
-        figure.savefig(out / f"{name}.pdf")
-        figure.savefig(out / f"{name}.png")
+        save(figure, out / name)
         data = base64.b64encode((out / f"{name}.png").read_bytes()).decode()
         return f'<div class=wide><img alt="" src="data:image/png;base64,{data}"></div>'
 

@@ -283,7 +283,7 @@ class Run:
         accuracy_matrix.png and in TensorBoard. name: of the protocol, "" for that of --eval."""
         if not self.main:
             return
-        from utils.plots import plot_matrix, plot_spectrum
+        from utils.plots import plot_matrix, plot_spectrum, save
 
         scores, writer = {score: block[score] for score in SCORES}, self.log.writer
         kind, picture = f"eval_{name}".rstrip("_"), f"accuracy_matrix_{name}".rstrip("_")
@@ -299,8 +299,7 @@ class Run:
         names = self.data["tasks"] if self.args.scenario == "domain" else None
         figure = plot_matrix(block["matrix"], f"{title}{scores['average_accuracy']:.2f} %", names)
         writer.add_figure(picture, figure, self.global_step)
-        for suffix in ("png", "pdf"):
-            figure.savefig(self.folder / f"{picture}.{suffix}")
+        save(figure, self.folder / picture)
         # against the number of tasks trained, so that forgetting is a curve
         tag = picture.replace("accuracy_matrix", "accuracy")
         for number, accuracy in enumerate(block["matrix"][-1]):
