@@ -20,7 +20,7 @@ import sys
 from itertools import takewhile
 from pathlib import Path
 
-from data import DATASETS, OF_TASKS, add_data_arguments
+from data import DATASETS, OF_TASKS, add_data_arguments, set_names
 from losses import find
 from models import add_network_arguments, resolve_network
 from utils.arguments import Parser
@@ -88,7 +88,8 @@ def check_arguments(parser, args, config):
         parser.error("pass either --run DIR or --checkpoint FILE")
     for name in (name for name in OF_THE_RUN if args.run and name in (config or {})):
         elsewhere = name == "val_split" and (args.transfer or config[name] is None)
-        if getattr(args, name) not in (None, config[name]) and not elsewhere:
+        moved = name == "sequence" and set_names(args.sequence) == set_names(config[name])
+        if getattr(args, name) not in (None, config[name]) and not elsewhere and not moved:
             words = f"{getattr(args, name)} is not that of {args.run}, {config[name]}: leave it out"
             advice = ", or pass --transfer, --probe_data_dir or --checkpoint" * (name == "dataset")
             parser.error(f"--{name} {words}{advice}")

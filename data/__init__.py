@@ -25,6 +25,12 @@ def lines(path):
         raise argparse.ArgumentTypeError(f"cannot read {path}") from error
 
 
+def set_names(sequence):
+    """What the sets of --sequence are called, wherever they lie; a folder has its own name."""
+    pairs = (entry.partition(":")[::2] for entry in sequence or ())
+    return [Path(place).name if place and dataset == "folder" else dataset for dataset, place in pairs]
+
+
 class Sequence(argparse.Action):
     """--sequence is a data set, of which each domain is a task."""
 

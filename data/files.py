@@ -131,10 +131,10 @@ def warn_or_raise(why, skip_corrupt):
     print(f"warning: skipped: {why}", file=sys.stderr)
 
 
-def load_all(files, skip_corrupt):
-    """uint8 [N, 3, H, W] of files that are all of one size, and the int64 indices [N] of those that can be
-    read: all, unless skip_corrupt. Raises UserError."""
-    images = dict(enumerate(decode_all(files, "decoding")))
+def load_all(files, skip_corrupt, convert=lambda image: image):
+    """uint8 [N, 3, H, W] of files that are all of one size once converted, and the int64 indices [N] of those
+    that can be read: all, unless skip_corrupt. Raises UserError."""
+    images = dict(enumerate(decode_all(files, "decoding", convert)))
     for i, error in [(i, image) for i, image in images.items() if isinstance(image, UserError)]:
         warn_or_raise(str(error), skip_corrupt)
         del images[i]

@@ -46,7 +46,7 @@ def split(labels, domains, scenario, parts, num_tasks):
     count = 1 if domains is None else int(domains.max()) + 1
     if num_tasks != count:
         has = f"the data set has {count} domain{'s' * (count > 1)}, and --scenario domain trains one a task"
-        raise UserError(f"--num_tasks {num_tasks}: {has}: leave it out, or choose with --domain_order")
+        raise UserError(f"--num_tasks {num_tasks}: {has}: leave it out, or choose other domains")
     return [(domains == d).nonzero()[:, 0] for d in range(count)]
 
 
@@ -80,7 +80,7 @@ def plan(train, test, args):
     """The Tasks of a training and a test ImageSet (None where there is none). args: the data flags; num_tasks
     None: one for each domain or size, or else 5. A task is tested on its own classes or its own domain.
     Data-incremental tasks, joint training, and training images that have another test set than their own
-    (train.probe) are tested on the whole of it."""
+    (train.probe) are tested on the whole of it; but joint training of --sequence on each set."""
     scenario, sizes, count = args.scenario, args.task_sizes, args.num_tasks
     if scenario == "domain" and train.domains is None:
         raise UserError("--scenario domain: the data set has no domains: use --scenario class or data")
@@ -100,5 +100,6 @@ def plan(train, test, args):
     if test is not None and (scenario == "data" or train.probe is not None):
         tested = [torch.arange(len(test.labels))] * count
     elif test is not None:
-        tested = split(test.labels, test.domains, scenario, parts, count)
+        apart = len(train.domain_names) if args.sequence else count
+        tested = split(test.labels, test.domains, scenario, parts, apart)
     return Tasks(names or [f"part {t} of {count}" for t in range(count)], trained, tested)

@@ -2,14 +2,13 @@
 
 import copy
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torchvision.transforms.functional import center_crop, resize
 
-from data import DATASETS, OF_TASKS
+from data import DATASETS, OF_TASKS, set_names
 from data.datasets import ImageSet, load_dataset
-from data.files import decode_all, warn_or_raise
+from data.files import load_all
 from utils import UserError
 
 SEQUENCE_SIZE = 32  # pixels, where --image_size says nothing else
@@ -19,7 +18,11 @@ def sequence(args):
     """The training and the test ImageSet of --sequence: different data sets as domains, each with classes of
     its own, their images cut to squares of --image_size pixels; normalised as the first of them. Raises
     UserError where a set has no labels to evaluate with."""
-    side, names, parts = getattr(args, "image_size", None) or SEQUENCE_SIZE, [], ([], [])
+    side, names, parts = (
+        getattr(args, "image_size", None) or SEQUENCE_SIZE,
+        set_names(args.sequence),
+        ([], []),
+    )
     for name in (
         name for name in ("domain_order", "cache", "probe_data_dir", "val_split") if getattr(args, name)
     ):
@@ -31,7 +34,6 @@ def sequence(args):
         if dataset not in DATASETS:
             known = ", ".join(DATASETS)
             raise UserError(f"--sequence {entry}: neither SET nor SET:DIR with SET one of {known}")
-        names.append(Path(place or args.data_dir).name if dataset == "folder" else dataset)
         other = copy.copy(args)
         vars(other).update(
             dict.fromkeys((*OF_TASKS, "probe_data_dir", "val_split", "cache")), scenario="class"
@@ -42,11 +44,9 @@ def sequence(args):
             raise UserError(f"--sequence {entry}: needs labelled images to train on and to test on")
         for images, found in zip((train, test), parts):
             if images.streams:
-                decoded = decode_all(images.images, "decoding", lambda image: squares(image[None], side)[0])
-                pixels = {i: x for i, x in enumerate(decoded) if readable(x, args.skip_corrupt)}
-                images = replace(
-                    images.subset(torch.tensor([*pixels])), images=torch.stack([*pixels.values()])
-                )
+                cut = lambda image: squares(image[None], side)[0]  # noqa: E731
+                pixels, readable = load_all(images.images, args.skip_corrupt, cut)
+                images = replace(images.subset(readable), images=pixels)
             found.append(replace(images, images=squares(images.images, side)))
     if len(set(names)) < len(names):
         raise UserError(f"--sequence {' '.join(args.sequence)}: a set comes twice, or two have one name")
@@ -61,13 +61,6 @@ def joined(names, sets):
     domains = torch.cat([torch.full_like(images.labels, number) for number, images in enumerate(sets)])
     pixels = torch.cat([images.images for images in sets])
     return ImageSet(pixels, labels, classes, sets[0].mean, sets[0].std, domains, tuple(names))
-
-
-def readable(image, skip_corrupt):
-    """Whether it is one, and no error of a file."""
-    if isinstance(image, UserError):
-        warn_or_raise(str(image), skip_corrupt)
-    return not isinstance(image, UserError)
 
 
 def squares(images, side):

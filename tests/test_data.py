@@ -203,7 +203,20 @@ def test_sequence(tmp_path, capsys):
         assert accuracy == round(100 * float((votes.argmax(1) == truth).double().mean()), 4)
     assert check.main(check.parse_arguments(f"--sequence {sets} --batch_size 8".split())) == 0
     assert run(f"--run {three} --transfer digits", main_linear) == 0
-    assert run(f"--run {three}", main_linear) == 0
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "tall").rename(tmp_path / "moved" / "tall")  # a set may move, but stays what it is
+    moved = sets.replace(str(tmp_path / "tall"), str(tmp_path / "moved" / "tall"))
+    assert run(f"{call} 3 --out_dir {three} --init_from {two} --sequence {moved}") == 0
+    assert run(f"--run {three} --sequence {moved}", main_linear) == 0
+    fails(capsys, f"--run {three} --sequence digits {moved}", "--sequence", script=main_linear)
+    sets = moved
+    joint = tmp_path / "joint"  # learns from all, and is tested on each by its own classifier
+    assert run(f"{call} 1 --out_dir {joint} --sequence {sets}") == 0
+    protocols = {trees.results(folder)["protocol"] for folder in (three, joint)}
+    (row,) = trees.results(joint)["matrix"]
+    assert len(row) == 3 and len(protocols) == 1
+    assert trees.results(joint)["average_accuracy"] == pytest.approx(sum(row) / 3)
+    assert run(f"--run {joint}", main_linear) == 0
     wrong_sets = {"digits": "--sequence", "nosuch:x": "nosuch:x", f"folder:{two}": str(two)}
     wrong_sets |= {"cifar10 --scenario data": "--scenario", "cifar10 --cache c": "--cache"}
     for wrong, told in wrong_sets.items():

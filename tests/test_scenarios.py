@@ -16,7 +16,9 @@ CASES = [("class", 1), ("class", 2), ("class", 5), ("data", 1), ("data", 5), ("d
 
 
 def flags(scenario, num_tasks, order=None, sizes=None):
-    given = dict(scenario=scenario, num_tasks=num_tasks, seed=5, class_order=order, task_sizes=sizes)
+    given = dict(
+        scenario=scenario, num_tasks=num_tasks, seed=5, class_order=order, task_sizes=sizes, sequence=None
+    )
     return argparse.Namespace(**given)
 
 

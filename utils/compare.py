@@ -8,7 +8,7 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import OF_TASKS
+from data import OF_TASKS, set_names
 from losses import METHODS, REGULARIZERS
 from utils.metrics import kind_of
 
@@ -151,7 +151,7 @@ def read(folder):
                     )
                     continue
                 [[float(x) for x in row] for row in matrix], block["protocol"].strip()
-                if "matrix" in block and {len(row) for row in matrix} != {len(tasks)}:
+                if "matrix" in block and not run.joint and {len(row) for row in matrix} != {len(tasks)}:
                     raise ValueError(name)
                 run.blocks[name] = block
     except FileNotFoundError as error:
@@ -254,22 +254,25 @@ def figures(grid):
     collapse."""
     from utils import plots
 
-    found, shown, runs = [], {}, {}
+    found, shown, joint, runs = [], {}, {}, {}
     for key, own in grid.items():
         for run in own:
             runs[f"{', '.join(key)}, seed {run.args['seed']}"] = run
-            alone = kind_of(run.args) in ("joint", "single tasks")
-            for caption, block in run.protocols().items() if not alone else ():
+            for caption, block in run.protocols().items() if kind_of(run.args) != "single tasks" else ():
                 if "matrix" in block:
-                    shown.setdefault(caption, {}).setdefault(", ".join(key), []).append(block)
+                    found_in = joint if run.joint else shown
+                    found_in.setdefault(caption, {}).setdefault(", ".join(key), []).append(block)
     if shown:  # of the protocol that most runs have
         caption, cells = max(shown.items(), key=lambda item: sum(map(len, item[1].values())))
+        apart = {
+            name: [block["matrix"] for block in blocks]
+            for name, blocks in [*cells.items(), *joint.get(caption, {}).items()]
+        }
         caption = exact(caption, [block for blocks in cells.values() for block in blocks])
         means = {name: plots.mean_matrix([b["matrix"] for b in blocks]) for name, blocks in cells.items()}
         found.append((f"Accuracy matrices, mean over seeds. {caption}", plots.plot_matrices(means)))
-        names = next((run.args["sequence"] for run in runs.values() if run.args.get("sequence")), ())
-        names = [name.partition(":")[0] for name in names]
-        found.append((f"Accuracy on each task. {caption}", plots.plot_tasks(means, names)))
+        names = set_names(next((x for run in runs.values() if (x := run.args.get("sequence"))), ()))
+        found.append((f"Accuracy on each task. {caption}", plots.plot_tasks(apart, names)))
         seen = {name: [statistics.mean(row[: t + 1]) for t, row in enumerate(m)] for name, m in means.items()}
         curves = {name: (range(len(row)), row) for name, row in seen.items()}
         labels = "after training task", "mean accuracy on the tasks so far (%)"

@@ -167,8 +167,9 @@ def accuracy_rows(args, process, extract, probe, tested, tasks, ks=(KNN_K,), tas
     known, labels = y >= 0, process.gather(tested[1])
     if not process.any_rank(known.any()) or not all((labels[part] >= 0).any() for part in tasks.test):
         raise UserError("no image to evaluate a task with can be read: is the disk there?")
-    parts, separate = [known], bool(args.sequence) and len(tasks.test) > 1
-    if linear and args.scenario == "domain" and probe.domains is not None and len(tasks.test) > 1:
+    parts, separate = [known], bool(args.sequence)
+    per_domain = args.scenario == "domain" and probe.domains is not None and len(tasks.test) > 1
+    if linear and (separate or per_domain):
         shares = process.collect(len(known))
         own = probe.domains[sum(shares[: process.rank]) :][: len(known)].to(known.device)
         parts += [known & (own == domain) for domain in range(len(tasks.test))]
@@ -256,7 +257,7 @@ def protocol_name(args, name=""):
         how += f"augmentation, which pass through the network in {modes[args.online_probe]}"
         return f"online linear probe ({args.online_probe}): {how}; {joint}; {images}"
     linear = args.eval == "linear"
-    if args.sequence and args.num_tasks != 1:
+    if args.sequence:
         joint = "a classifier for each data set, over its classes"
     k, kind = (name[1:].partition(" ")[::2]) if name.startswith("k") else (KNN_K, name)
     own = (

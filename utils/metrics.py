@@ -105,10 +105,11 @@ def reference_row(folder, name, protocol, config):
 
 
 def summary(matrix, num_tasks, protocol, random_row=None, single_task=None, alone=False, part=""):
-    """The block of results.json: averages are of the tasks seen so far; what cannot be known yet is None.
+    """The block of results.json: averages are of the tasks seen so far, or of what joint training is tested
+    on; what cannot be known yet is None.
     single_task: FT of plasticity; alone: each row is of a network of its own, trained on one task, which
     forgets nothing; part: "task_level" if the matrix is that of consolidation."""
-    seen = [row[: len(matrix)] for row in matrix]
+    seen = [row[: len(matrix)] for row in matrix] if num_tasks > 1 else [[average_accuracy(matrix)]]
     block = {
         "matrix": matrix,
         "average_accuracy": average_accuracy(seen),

@@ -2,6 +2,7 @@
 
 import io
 import math
+import statistics
 import textwrap
 
 from matplotlib.figure import Figure
@@ -77,9 +78,10 @@ def plot_curves(curves, x_label, y_label):
 
 
 def plot_tasks(matrices, names=None):
-    """Accuracy on each task while later ones are trained, with a line for each matrix; names: of the tasks,
-    where they have any."""
-    tasks = len(next(iter(matrices.values())))
+    """Accuracy on each task while later ones are trained. matrices: {name: those of its seeds}, of which mean
+    and standard deviation are shown; what was trained jointly is a dashed line, if tested on each task.
+    names: of the tasks, where they have any."""
+    tasks = max(len(runs[0]) for runs in matrices.values())
     columns = min(5, tasks)
     rows = math.ceil(tasks / columns)
     figure = Figure(figsize=(1 + 3 * columns, 0.8 + 2.6 * rows), dpi=110, layout="constrained")
@@ -87,10 +89,15 @@ def plot_tasks(matrices, names=None):
     for axes in every[tasks:]:
         axes.set_axis_off()
     for number, axes in enumerate(every[:tasks]):
-        for name, matrix in matrices.items():
-            axes.plot(
-                range(len(matrix)), [row[number] for row in matrix], marker="o", markersize=3, label=name
-            )
+        for place, (name, runs) in enumerate(matrices.items()):
+            values = [[row[number] for row in run] for run in runs if len(run[0]) == tasks]
+            mean = [statistics.mean(cell) for cell in zip(*values)]
+            deviation = [statistics.stdev(cell) for cell in zip(*values)] if len(values) > 1 else None
+            if len(mean) == tasks:
+                style = {"fmt": "o-", "markersize": 3, "capsize": 3}
+                axes.errorbar(range(tasks), mean, deviation, color=f"C{place}", label=name, **style)
+            elif mean:
+                axes.axhline(mean[0], linestyle="--", color=f"C{place}", label=name)
         title = names[number] if names else f"task {number}"
         axes.set(title=title, xlabel="after training task", ylabel="accuracy (%)")
         axes.xaxis.get_major_locator().set_params(integer=True)
