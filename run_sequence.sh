@@ -11,6 +11,7 @@ RUNS=${RUNS:-runs/sequence} METHOD=${METHOD:-moco}
 read -ra ALL <<< "cifar100:${DATA:-datasets} digits ${SETS:-}"
 read -ra EPOCHS <<< "${EPOCHS:-3 60}"
 read -ra EXTRA <<< "${FLAGS:-}"
+[ "$METHOD" = moco ] && EXTRA=(--moco_queue_size 4096 ${EXTRA[@]+"${EXTRA[@]}"})  # most of the time with the papers' 65,536
 
 # train NAME NUMBER_OF_SETS [flags]
 train() {
