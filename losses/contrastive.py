@@ -3,17 +3,41 @@
 import torch
 import torch.nn.functional as F
 
+BLOCK = 1024  # keys worked on together on the CPU, so that their products stay in its cache
+
+
+class LogSumExp(torch.autograd.Function):
+    """ln sum_k e^(q_i.n_k), [N], of queries [N, D] and rows [K, D] that get no gradient. That of the queries,
+    the mean of the rows by softmax, is summed on the way, so that nothing of size N x K is kept or read
+    again."""
+
+    @staticmethod
+    def forward(ctx, query, rows):
+        top, total = torch.full_like(query[:, :1], -torch.inf), torch.zeros_like(query[:, :1])
+        mean = torch.zeros_like(query)
+        for block in rows.split(BLOCK if rows.device.type == "cpu" else len(rows)):
+            logits = query @ block.T
+            highest = torch.maximum(top, logits.amax(dim=1, keepdim=True))
+            shrink, weights = (top - highest).exp_(), logits.sub_(highest).exp_()
+            top, total = highest, total.mul_(shrink).add_(weights.sum(dim=1, keepdim=True))
+            mean.mul_(shrink).addmm_(weights, block)
+        ctx.save_for_backward(mean.div_(total))
+        return (top + total.log_())[:, 0]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.unsqueeze(1) * ctx.saved_tensors[0], None
+
 
 def info_nce(query, positive, negatives, tau):
     """mean_i -ln[ e^(q_i.k_i/tau) / (e^(q_i.k_i/tau) + sum_n e^(q_i.n/tau)) ]. query, positive: [N, D],
-    normalised here; negatives: a list of [K, D] unit rows, all of them against every query. The blocks are
-    summed one by one, so that two queues are never copied into one. Source: van den Oord et al. (2018); He et
-    al. (CVPR 2020)."""
+    normalised here; negatives: a list of [K, D] unit rows without gradients, all of them against every query;
+    two queues are never copied into one. Source: van den Oord et al. (2018); He et al. (CVPR 2020)."""
     query = F.normalize(query, dim=1) / tau
     positive = (query * F.normalize(positive, dim=1)).sum(dim=1)  # N
     total = positive
     for rows in negatives:
-        total = torch.logaddexp(total, torch.logsumexp(query @ rows.T, dim=1))
+        total = torch.logaddexp(total, LogSumExp.apply(query, rows))
     return (total - positive).mean()
 
 

@@ -14,7 +14,7 @@ import main_cssl
 from losses import METHODS, REGULARIZERS, find
 from losses.barlow import barlow_loss
 from losses.byol import cosine_distance
-from losses.contrastive import contrastive_distillation, info_nce
+from losses.contrastive import BLOCK, LogSumExp, contrastive_distillation, info_nce
 from losses.falcon import falcon_loss
 from losses.vicreg import covariance_loss, variance_loss
 from models.learner import Outputs
@@ -92,6 +92,20 @@ def test_losses_are_their_loops(losses, n, d, scale):
     z, f, g = scale * torch.randn(3, 2, n, d, generator=rng, dtype=torch.float64)
     for ours, loop in losses(list(z), list(f), list(g)):
         assert float(ours) == pytest.approx(loop, rel=1e-9)
+
+
+def test_sum_over_a_queue_is_the_plain_one():
+    """Block by block, the gradient with it: for queues of any size, and where e^x alone would overflow."""
+    for rows, size in ((1, 2.0), (BLOCK + 7, 20.0), (3 * BLOCK, 2000.0)):
+        rng = torch.Generator().manual_seed(rows)
+        q, keys = (torch.randn(n, 16, generator=rng, dtype=torch.float64) for n in (9, rows))
+        q, keys = (size * F.normalize(q, dim=1)).requires_grad_(), F.normalize(keys, dim=1)
+        (ours, gradient), (plain, expected) = (
+            (value, torch.autograd.grad((value * torch.arange(9)).sum(), q)[0])
+            for value in (LogSumExp.apply(q, keys), torch.logsumexp(q @ keys.T, dim=1))
+        )
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("norm", [1e-4, 1.0, 1e4])
