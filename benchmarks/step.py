@@ -1,30 +1,31 @@
 """Times one training step of a later task, part by part, and against fine-tuning, on random images.
 
-    python benchmarks/step.py --image_size 32 --batch_size 256 --precision bf16 [--compile]
-    python benchmarks/step.py --backbone resnet10 --width 16 --image_size 16 --moco_queue_size 4096
+    python -m benchmarks.step --backbone resnet10 --width 16 --image_size 16 --moco_queue_size 4096
+    python -m benchmarks.step --image_size 32 --precision bf16 --against plain --json step.json
 
-Takes every flag of main_cssl.py that shapes a step. The parts are timed one after the other, waiting for the
-device in between; the images/s of the regulariser and of fine-tuning are of undisturbed steps, a few of each
-in turn, medians of all rounds.
+Takes every flag of main_cssl.py that shapes a step. --against plain: also the step of benchmarks/plain.py.
+The parts are timed one after the other, waiting for the device in between; the images/s are of undisturbed
+steps, a few of each kind in turn, medians of all rounds. A spread is the middle half of the rounds, in
+percent of the median.
 """
 
+import argparse
 import copy
+import json
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import main_cssl
+from benchmarks.plain import Plain
 from data.datasets import ImageSet
 from data.scenarios import Tasks
 from utils import distributed
 from utils.optim import build_optimizer
 
-ROUNDS, STEPS = 7, 4
+STEPS = 4
 
 
 def seconds(device, function):
@@ -50,7 +51,10 @@ class Trial:
         loader, _ = main_cssl.build_loaders(args, process, images, None, tasks, 0)
         self.views = (views for epoch in range(10**6) for views, _ in loader.epoch(epoch))
 
-    def step(self):
+    def step(self, timed=None):
+        """timed: called with each part's name and what it does, whose result it returns."""
+        if timed is not None:
+            return self.parts(timed)
         loss, _, student, teacher = self.model(*next(self.views))
         loss.backward()
         self.update(student, teacher)
@@ -60,36 +64,54 @@ class Trial:
         self.optimizer.zero_grad(set_to_none=True)
         self.learner.after_step(student, teacher, 0.5)
 
-    def parts(self):
-        """Seconds of each part of a step."""
+    def parts(self, timed):
+        """What learner.forward does, in parts."""
         learner, method, regularizer = self.learner, self.learner.method, self.learner.regularizer
-        times = {}
-
-        def timed(name, function):
-            times[name], result = seconds(self.device, function)
-            return result
+        momentum_outputs, dtype = method.momentum_outputs, learner.autocast_dtype
 
         def cast(function):
-            with torch.autocast(
-                self.device.type, learner.autocast_dtype, enabled=learner.autocast_dtype is not None
-            ):
+            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
                 return function()
 
         views = timed("data", lambda: next(self.views))
-        momentum, _ = seconds(self.device, lambda: cast(lambda: method.momentum_outputs(views)))
+        k = timed("forward momentum", lambda: cast(lambda: momentum_outputs(views)))
+        method.momentum_outputs = lambda views: k
         student = timed("forward student", lambda: cast(lambda: method(views))).of_all_ranks()
-        times["forward student"] -= momentum
-        times["forward momentum"] = momentum
+        del method.momentum_outputs
         teacher = timed("forward teacher", lambda: cast(lambda: regularizer.teach(views)))
         predicted = timed("forward predictor", lambda: cast(lambda: regularizer.predict(method, student)))
         teacher, predicted = (None if x is None else x.of_all_ranks() for x in (teacher, predicted))
         loss = timed("loss", lambda: sum(regularizer.losses(method, student, predicted, teacher).values()))
         timed("backward", loss.backward)
         timed("optimiser, EMA, queues", lambda: self.update(student, teacher))
-        return times
+
+
+def parts(trial, rounds):
+    """{part: seconds}, medians."""
+    times = {}
+
+    def timed(name, function):
+        spent, result = seconds(trial.device, function)
+        times.setdefault(name, []).append(spent)
+        return result
+
+    for _ in range(rounds + 2):
+        trial.step(timed)
+    return {name: statistics.median(found[2:]) for name, found in times.items()}
+
+
+def middle(values):
+    """Median, and the middle half of the values in percent of it."""
+    low, median, high = statistics.quantiles(values, n=4)
+    return median, 100 * (high - low) / median
 
 
 def main(flags):
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--against", choices=("plain",))
+    parser.add_argument("--json")
+    parser.add_argument("--rounds", type=int, default=7)
+    own, flags = parser.parse_known_args(flags)
     process = distributed.start("auto")
     args = main_cssl.parse_arguments(flags)
     shape = (4 * args.batch_size, 3, *[args.image_size or 32] * 2)
@@ -99,35 +121,44 @@ def main(flags):
     images.to(process.device)
     baseline = copy.copy(args)
     baseline.regularizer = "finetune"
-    trial, plain = Trial(args, process, images), Trial(baseline, process, images)
-    rows = [trial.parts() for _ in range(ROUNDS + 2)][2:]
-    device = (
-        torch.cuda.get_device_name()
-        if process.device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
-    compiled = ", compiled" if args.compile else ""
-    print(
+    trials = {args.regularizer: Trial(args, process, images), "finetune": Trial(baseline, process, images)}
+    if own.against:
+        trials["plain"] = Plain(args, process.device, pixels)
+    where = f"CPU, {torch.get_num_threads()} threads"
+    if process.device.type == "cuda":
+        where = torch.cuda.get_device_name()
+    setting = (
         f"{args.method} + {args.regularizer}, {args.backbone} width {args.width}, {args.image_size} px, "
-        f"batch {args.batch_size}"
     )
-    print(f"{args.precision}{compiled}, {device}, torch {torch.__version__}")
-    for name in rows[0]:
-        print(f"{name:24s} {1e3 * statistics.median(row[name] for row in rows):9.2f} ms")
-    times = {trial: [], plain: []}
-    for t in times:
-        seconds(t.device, lambda t=t: [t.step() for _ in range(STEPS)])
-    for _ in range(ROUNDS):
-        for t in times:
-            times[t].append(seconds(t.device, lambda t=t: [t.step() for _ in range(STEPS)])[0] / STEPS)
-    for t in times:
-        median = statistics.median(times[t])
-        print(
-            f"{'step, ' + t.args.regularizer:24s} {1e3 * median:9.2f} ms   {t.args.batch_size / median:9.0f} "
-            "images/s"
-        )
-    ratio = statistics.median(a / b for a, b in zip(*times.values()))
-    print(f"{args.regularizer} / finetune       {ratio:9.2f}")
+    setting += f"batch {args.batch_size}, {args.precision}{', compiled' * args.compile}, {where}, "
+    setting += f"torch {torch.__version__}"
+    print(setting)
+    table = {name: parts(trial, own.rounds) for name, trial in trials.items() if name != "finetune"}
+    print(f"{'ms':24s} " + " ".join(f"{name:>9s}" for name in table))
+    for part in next(iter(table.values())):
+        print(f"{part:24s} " + " ".join(f"{1e3 * found[part]:9.2f}" for found in table.values()))
+    times = {name: [] for name in trials}
+    for trial in trials.values():
+        seconds(trial.device, lambda trial=trial: [trial.step() for _ in range(STEPS)])
+    for _ in range(own.rounds):
+        for name, trial in trials.items():
+            run = lambda trial=trial: [trial.step() for _ in range(STEPS)]  # noqa: E731
+            times[name].append(seconds(trial.device, run)[0] / STEPS)
+    for name, found in times.items():
+        median, spread = middle(found)
+        rate = f"{args.batch_size / median:9.0f} images/s"
+        print(f"{'step, ' + name:24s} {1e3 * median:9.2f} ms   {rate}   spread {spread:.0f} %")
+    ratios = {}
+    for other in [name for name in trials if name != args.regularizer]:
+        a, b = times[other], times[args.regularizer]
+        if other == "finetune":  # how much more than that
+            a, b = b, a
+        ratios[other] = middle([x / y for x, y in zip(a, b)])
+        words = f"{args.regularizer} / finetune" if other == "finetune" else f"faster than {other}"
+        print(f"{words:24s} {ratios[other][0]:9.2f}      spread {ratios[other][1]:.0f} %")
+    if own.json:
+        with open(own.json, "w") as file:
+            json.dump({"setting": setting, "parts": table, "steps": times, "ratios": ratios}, file, indent=1)
 
 
 if __name__ == "__main__":

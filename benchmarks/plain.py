@@ -1,0 +1,152 @@
+"""A training step of MoCo + PNR as code of this field is commonly written, to measure against: views by PIL
+in DataLoader workers, a module for everything, parameter by parameter, queues put together into one table of
+logits, fp16 with a gradient scaler on CUDA, else fp32. The equations are those of docs/METHODS.md."""
+
+import copy
+from itertools import repeat
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from models.resnet import build_backbone
+
+
+class Views(Dataset):
+    """Two views of images uint8 [N, 3, H, W], one image at a time."""
+
+    def __init__(self, images, args):
+        self.images, draw = images.permute(0, 2, 3, 1).numpy(), transforms.RandomApply
+        size, scale = args.image_size, (args.min_scale, 1.0)
+        self.views = [
+            transforms.Compose([
+                transforms.ToPILImage(),
+                transforms.RandomResizedCrop(size, scale, interpolation=InterpolationMode.BICUBIC),
+                draw([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+                transforms.RandomGrayscale(p=0.2),
+                draw([transforms.GaussianBlur(13, (0.1, 2.0))], p=blur),
+                transforms.RandomSolarize(128, p=solarize),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize((0.5,) * 3, (0.25,) * 3),
+            ])
+            for blur, solarize in zip(args.blur_p, args.solarize_p)
+        ]  # fmt: skip
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return [view(self.images[i]) for view in self.views]
+
+
+class Network(nn.Module):
+    """Student, momentum encoder, frozen teacher, predictor, and a queue for each of the two views and
+    models."""
+
+    def __init__(self, args):
+        super().__init__()
+        dim, hidden, self.tau = args.moco_dim, args.moco_hidden, args.moco_tau
+        backbone = build_backbone(args.backbone, args.width, args.stem)
+        head = nn.Linear(backbone.feature_dim, hidden), nn.ReLU(), nn.Linear(hidden, dim)
+        self.student = nn.Sequential(backbone, *head)
+        self.momentum, self.teacher = (copy.deepcopy(self.student).requires_grad_(False) for _ in range(2))
+        width = args.predictor_hidden
+        layers = nn.Linear(dim, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, dim)
+        self.predictor = nn.Sequential(*layers)
+        queues = F.normalize(torch.randn(4, dim, args.moco_queue_size), dim=1)
+        self.register_buffer("queues", queues)  # of the momentum encoder for view 1 and 2, of the teacher
+        self.pointer = 0
+
+    def nce(self, query, key, *queues):
+        query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
+        positive = torch.einsum("nc,nc->n", query, key).unsqueeze(1)
+        negative = torch.einsum("nc,ck->nk", query, torch.cat(queues, dim=1))
+        logits = torch.cat([positive, negative], dim=1) / self.tau
+        return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
+
+    @torch.no_grad()
+    def after_step(self, k, f, tau=0.995):
+        for old, new in zip(self.momentum.parameters(), self.student.parameters()):
+            old.data = tau * old.data + (1 - tau) * new.data
+        size, count = self.queues.shape[2], len(k[0])
+        for queue, keys in zip(self.queues, (*k, *f)):
+            keys = F.normalize(keys.float(), dim=1)[: size - self.pointer]
+            queue[:, self.pointer : self.pointer + count] = keys.T
+        self.pointer = (self.pointer + count) % size
+
+
+class LARS(torch.optim.SGD):
+    """One parameter after the other."""
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        decay, group["weight_decay"] = group["weight_decay"], 0
+        for p in group["params"]:
+            if p.grad is not None and p.ndim > 1:
+                norm, gradient = torch.norm(p), torch.norm(p.grad)
+                if norm != 0 and gradient != 0:
+                    local = 0.02 * norm / (gradient + norm * decay + 1e-8)
+                    p.grad += decay * p
+                    p.grad *= min(local / group["lr"], 1)
+        super().step()
+        group["weight_decay"] = decay
+
+
+class Plain:
+    """Steps of a second task, on images [N, 3, H, W] uint8."""
+
+    def __init__(self, args, device, images):
+        self.device, self.network = device, Network(args).to(device).train()
+        rate = {"lr": args.lr * args.batch_size / 256, "momentum": 0.9, "weight_decay": args.weight_decay}
+        self.optimizer = LARS([p for p in self.network.parameters() if p.requires_grad], **rate)
+        self.fp16 = device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.fp16)
+        options = {
+            "num_workers": args.workers,
+            "persistent_workers": args.workers > 0,
+            "pin_memory": self.fp16,
+        }
+        loader = DataLoader(Views(images, args), args.batch_size, True, drop_last=True, **options)
+        self.views = (views for _ in repeat(None) for views in loader)
+
+    def step(self, timed=lambda name, function: function()):
+        """timed: called with each part's name and what it does, whose result it returns."""
+        net, cast = self.network, lambda: torch.autocast(self.device.type, torch.float16, enabled=self.fp16)
+
+        def of_both(module, inputs):
+            with cast():
+                return [module(x) for x in inputs]
+
+        def momentum():
+            with torch.no_grad():
+                return of_both(net.momentum, views)
+
+        def teacher():
+            with torch.no_grad():
+                return of_both(net.teacher, views)
+
+        def loss():
+            with cast():
+                q = net.queues.clone()
+                ssl = sum(net.nce(z[v], k[1 - v], q[1 - v], q[3 - v]) for v in (0, 1)) / 2
+                return ssl + sum(net.nce(p[v], f[v], q[1 - v], q[3 - v]) for v in (0, 1)) / 2
+
+        def update():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad()
+            net.after_step(k, f)
+
+        views = timed("data", lambda: [x.to(self.device, non_blocking=True) for x in next(self.views)])
+        z = timed("forward student", lambda: of_both(net.student, views))
+        k = timed("forward momentum", momentum)
+        f = timed("forward teacher", teacher)
+        p = timed("forward predictor", lambda: of_both(net.predictor, [F.normalize(x, dim=1) for x in z]))
+        value = timed("loss", loss)
+        timed("backward", lambda: self.scaler.scale(value).backward())
+        timed("optimiser, EMA, queues", update)
