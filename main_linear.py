@@ -276,7 +276,8 @@ def settings_of(args, config, source, transfer):
     settings |= {"transfer": True} if transfer else {}
     own = () if transfer else (*OF_TASKS, "probe_data_dir")
     for name in (*own, "seed", "precision", "val_split", "cache_size"):
-        if getattr(args, name) != config.get(name):
+        moved = name == "sequence" and set_names(args.sequence) == set_names(config.get(name))
+        if getattr(args, name) != config.get(name) and not moved:
             settings[name] = getattr(args, name)
     if args.eval != "clustering":
         settings["labels"] = args.label_fraction

@@ -8,7 +8,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/python.sh"
 need torch || fail "no python with PyTorch: activate an environment that has it, or let bash run_quickstart.sh make .venv"
 RUNS=${RUNS:-runs/sequence} METHOD=${METHOD:-moco}
-read -ra ALL <<< "cifar100:${DATA:-datasets} digits ${SETS:-}"
+ALL=("cifar100:${DATA:-datasets}" digits ${SETS:-})
 read -ra EPOCHS <<< "${EPOCHS:-3 60}"
 read -ra EXTRA <<< "${FLAGS:-}"
 [ "$METHOD" = moco ] && EXTRA=(--moco_queue_size 4096 ${EXTRA[@]+"${EXTRA[@]}"})  # most of the time with the papers' 65,536
@@ -23,11 +23,11 @@ train() {
 for seed in ${*:-5 6 7}; do
   train "first-seed$seed" 1 --regularizer finetune --epochs "${EPOCHS[0]}"
   for regularizer in ${REGULARIZERS:-finetune cassle pnr joint}; do
-    before=first-seed$seed
     if [ "$regularizer" = joint ]; then
       train "joint-${#ALL[@]}sets-seed$seed" ${#ALL[@]} --regularizer finetune --num_tasks 1 --epochs "${JOINT:-5}"
       continue
     fi
+    before=first-seed$seed
     for ((count = 2; count <= ${#ALL[@]}; count++)); do
       name=$regularizer-${count}sets-seed$seed
       train "$name" "$count" --regularizer "$regularizer" --init_from "$RUNS/$before" --epochs "${EPOCHS[count - 1]:-60}"

@@ -100,6 +100,6 @@ def plan(train, test, args):
     if test is not None and (scenario == "data" or train.probe is not None):
         tested = [torch.arange(len(test.labels))] * count
     elif test is not None:
-        apart = len(train.domain_names) if args.sequence else count
-        tested = split(test.labels, test.domains, scenario, parts, apart)
+        columns = len(train.domain_names) if args.sequence else count
+        tested = split(test.labels, test.domains, scenario, parts, columns)
     return Tasks(names or [f"part {t} of {count}" for t in range(count)], trained, tested)

@@ -23,10 +23,11 @@ def sequence(args):
         set_names(args.sequence),
         ([], []),
     )
-    for name in (
-        name for name in ("domain_order", "cache", "probe_data_dir", "val_split") if getattr(args, name)
-    ):
-        raise UserError(f"--{name}: not with --sequence")
+    flags = ("domain_order", "cache", "probe_data_dir", "val_split")
+    if given := [name for name in flags if getattr(args, name)]:
+        raise UserError(f"--{given[0]}: not with --sequence")
+    if len(set(names)) < len(names):
+        raise UserError(f"--sequence {' '.join(args.sequence)}: a set comes twice, or two have one name")
     if (args.dataset, args.scenario) != ("sequence", "domain"):
         raise UserError("--dataset, --scenario: not with --sequence, where each data set is a task")
     for entry in args.sequence:
@@ -35,10 +36,8 @@ def sequence(args):
             known = ", ".join(DATASETS)
             raise UserError(f"--sequence {entry}: neither SET nor SET:DIR with SET one of {known}")
         other = copy.copy(args)
-        vars(other).update(
-            dict.fromkeys((*OF_TASKS, "probe_data_dir", "val_split", "cache")), scenario="class"
-        )
-        other.dataset, other.data_dir = dataset, place or args.data_dir
+        vars(other).update(dict.fromkeys(OF_TASKS), scenario="class", dataset=dataset)
+        other.data_dir = place or args.data_dir
         train, _, test = load_dataset(other)
         if test is None or (train.labels < 0).any():
             raise UserError(f"--sequence {entry}: needs labelled images to train on and to test on")
@@ -48,8 +47,6 @@ def sequence(args):
                 pixels, readable = load_all(images.images, args.skip_corrupt, cut)
                 images = replace(images.subset(readable), images=pixels)
             found.append(replace(images, images=squares(images.images, side)))
-    if len(set(names)) < len(names):
-        raise UserError(f"--sequence {' '.join(args.sequence)}: a set comes twice, or two have one name")
     return tuple(joined(names, found) for found in parts)
 
 
@@ -69,7 +66,6 @@ def squares(images, side):
     if height == width == side:
         return images
     size = [round(side * length / min(height, width)) for length in (height, width)]
-    resized = [
-        resize(part, size, antialias=True) for part in images.split(1024)
-    ]  # bounds the memory it takes
-    return center_crop(torch.cat(resized), [side, side]).contiguous()
+    parts = images.split(1024)  # all at once would take much memory
+    resized = torch.cat([resize(part, size, antialias=True) for part in parts])
+    return center_crop(resized, [side, side]).contiguous()

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main_cssl
 import main_linear
 from losses import METHODS, REGULARIZERS
-from utils import UserError
+from utils import UserError, checkpoint
 from utils.arguments import interval
 
 FLAGS = """
@@ -197,7 +197,11 @@ def test_a_run_that_is_continued(method, regularizer, tmp_path, capsys, monkeypa
     flags = f"{call} --out_dir {tmp_path / 'c'} --init_from"
     fails(capsys, f"{flags} {three} --regularizer finetune", "--regularizer")
     fails(capsys, f"{flags} {three} --width 8", "--width")
+    fails(capsys, f"{flags} {three} --seed 6", "--seed")
+    fails(capsys, f"{flags} {three} --image_size 16", "--image_size")
     fails(capsys, f"{flags} {three} --start_task 4", "task3.pt")
+    shutil.copy(three / "task1.pt", three / "copy.pt")  # the file that is named, whatever it is called
+    assert checkpoint.given(three / "copy.pt") == [three / "task0.pt", three / "copy.pt"]
     fails(capsys, f"{call} --out_dir {tmp_path / 'c'} --start_task 3", "--start_task")
     fails(capsys, f"{flags} {tmp_path}", "task0.pt")
     (tmp_path / "order").write_text("\n".join("8350169274"))

@@ -185,6 +185,8 @@ def given(path, start_task=None):
     if count == 1 and last == 0 and not path.is_dir():  # whatever its name is
         return [path]
     paths = [(path if path.is_dir() else path.parent) / f"task{task}.pt" for task in range(count)]
+    if count == last + 1 and not path.is_dir():
+        paths[-1] = path
     if lacking := [x for x in paths or [path / "task0.pt"] if not x.exists()]:
         raise UserError(f"--init_from {path}: to go on at task {count}, {lacking[0]} is missing")
     return paths
@@ -216,14 +218,19 @@ def load_method(learner, path, args, tasks, task=0):
         raise UserError(
             f"{path} is no network of this run's task {task}: it is of other data, classes, or tasks"
         )
-    for name in ("method", "regularizer") if task and network["config"] else ():
-        if network["config"][name] != getattr(args, name):
-            raise UserError(f"{path} is of a run with --{name} {network['config'][name]}: go on with that")
+    theirs, own = (
+        network["config"] or {},
+        ("method", "image_size", *("regularizer", "seed")[: 2 * (task > 0)]),
+    )
+    for name in (name for name in own if name in theirs and theirs[name] != getattr(args, name)):
+        raise UserError(f"{path} is of a run with --{name} {theirs[name]}: go on with that")
     fresh, left_out = fit(state, method.state_dict()) if network["config"] is None else (set(), set())
     left_out |= network["left_out"] | ({"classifier"} if classifier and online is None else set())
     load_strictly(method, state, path, what)
     if online is not None and classifier:
-        load_strictly(online, classifier, path, what)
+        load_strictly(
+            online, classifier, path, "this run's --online_probe, one classifier over all its classes"
+        )
         state |= classifier
     own = learner.regularizer.state_dict()
     kept = {name: value for name, value in network.get("regularizer", {}).items() if name in own}

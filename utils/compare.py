@@ -47,22 +47,20 @@ class Run:
         return self.args["num_tasks"] == 1
 
     def setting(self):
-        """What it has to agree in with others; of a folder its place, of a sequence its sets."""
+        """What it has to agree in with others; of a folder its place, of a sequence its sets' names."""
         left_out = {*OF_TASKS, "epochs"} if self.joint else {"sequence"}
         found = {name: self.args.get(name) for name in SETTING if name not in left_out}
-        places = {"folder": [self.args.get("data_dir")], "sequence": self.args.get("sequence")}
-        places = places.get(found["dataset"]) or ()
-        sets = [
-            place if "folder" in (place[:6], found["dataset"]) else place.partition(":")[0]
-            for place in places
-        ]
+        sets = set_names(self.args.get("sequence")) or [self.args["data_dir"]] * (
+            found["dataset"] == "folder"
+        )
         return found | {"dataset": " ".join([found["dataset"], *sets])}
 
     def differs(self, name):
         """What else may set it apart from runs of its setting, as text. To start from another run's first
         task does not."""
         value = str(self.args.get(name))
-        return "None" if name == "init_from" and OWN_TASK.search(value) else value
+        own = name == "init_from" and (OWN_TASK.search(value) or not Path(value).suffix)
+        return "None" if own else value
 
     def protocols(self):
         """{caption: block}: what was evaluated, of each protocol the block that says most. The rate of the
@@ -260,19 +258,17 @@ def figures(grid):
             runs[f"{', '.join(key)}, seed {run.args['seed']}"] = run
             for caption, block in run.protocols().items() if kind_of(run.args) != "single tasks" else ():
                 if "matrix" in block:
-                    found_in = joint if run.joint else shown
-                    found_in.setdefault(caption, {}).setdefault(", ".join(key), []).append(block)
+                    kind = joint if run.joint else shown
+                    kind.setdefault(caption, {}).setdefault(", ".join(key), []).append(block)
     if shown:  # of the protocol that most runs have
         caption, cells = max(shown.items(), key=lambda item: sum(map(len, item[1].values())))
-        apart = {
-            name: [block["matrix"] for block in blocks]
-            for name, blocks in [*cells.items(), *joint.get(caption, {}).items()]
-        }
+        both = cells | joint.get(caption, {})
+        seeds = {name: [block["matrix"] for block in blocks] for name, blocks in both.items()}
         caption = exact(caption, [block for blocks in cells.values() for block in blocks])
-        means = {name: plots.mean_matrix([b["matrix"] for b in blocks]) for name, blocks in cells.items()}
-        found.append((f"Accuracy matrices, mean over seeds. {caption}", plots.plot_matrices(means)))
-        names = set_names(next((x for run in runs.values() if (x := run.args.get("sequence"))), ()))
-        found.append((f"Accuracy on each task. {caption}", plots.plot_tasks(apart, names)))
+        means = {name: plots.mean_matrix(seeds[name]) for name in cells}
+        names = set_names(next(iter(runs.values())).args.get("sequence"))
+        found.append((f"Accuracy matrices, mean over seeds. {caption}", plots.plot_matrices(means, names)))
+        found.append((f"Accuracy on each task. {caption}", plots.plot_tasks(seeds, names)))
         seen = {name: [statistics.mean(row[: t + 1]) for t, row in enumerate(m)] for name, m in means.items()}
         curves = {name: (range(len(row)), row) for name, row in seen.items()}
         labels = "after training task", "mean accuracy on the tasks so far (%)"

@@ -167,7 +167,8 @@ def accuracy_rows(args, process, extract, probe, tested, tasks, ks=(KNN_K,), tas
     known, labels = y >= 0, process.gather(tested[1])
     if not process.any_rank(known.any()) or not all((labels[part] >= 0).any() for part in tasks.test):
         raise UserError("no image to evaluate a task with can be read: is the disk there?")
-    parts, separate = [known], bool(args.sequence)
+    separate = bool(args.sequence)
+    parts = [] if separate else [known]
     per_domain = args.scenario == "domain" and probe.domains is not None and len(tasks.test) > 1
     if linear and (separate or per_domain):
         shares = process.collect(len(known))
@@ -180,9 +181,10 @@ def accuracy_rows(args, process, extract, probe, tested, tasks, ks=(KNN_K,), tas
         features = lambda epoch: extract(probe, epoch) if augmented and epoch else (x, y)  # noqa: E731
         sgd, lr = (args.probe_momentum, args.seed), args.probe_lr
         lr = choose_lr(features, known, count, *sgd, process) if lr == "sweep" else lr
-        found = linear_probe(features, parts[separate:], tested[0], count, lr, *sgd, PROBE_EPOCHS, process)
+        found = linear_probe(features, parts, tested[0], count, lr, *sgd, PROBE_EPOCHS, process)
         if separate:  # of each image the scores by its own set's classifier
             found = [torch.stack(found)[groups[1], torch.arange(len(groups[1]), device=y.device)]]
+            found = [found[0].masked_fill(owner != groups[1].unsqueeze(1), 0)]
     else:
         learnt = x[known], y[known], tested[0], count, ks, KNN_TEMPERATURE, process
         found = knn(*learnt, groups if separate else None)

@@ -43,8 +43,8 @@ def plot_matrix(matrix, title, names=None):
     return figure
 
 
-def plot_matrices(matrices):
-    """Matrices by name, side by side, on one colour scale."""
+def plot_matrices(matrices, names=None):
+    """Matrices by name, side by side, on one colour scale; names: of the tasks, where they have any."""
     columns = min(3, len(matrices))
     rows, tasks = math.ceil(len(matrices) / columns), max(len(m[0]) for m in matrices.values())
     size = (columns * (1.2 + 0.45 * tasks) + 1, rows * (1.2 + 0.35 * tasks))
@@ -52,7 +52,7 @@ def plot_matrices(matrices):
     values = [value for matrix in matrices.values() for row in matrix for value in row]
     every = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, (name, matrix) in zip(every, matrices.items()):
-        image = draw_matrix(axes, matrix, textwrap.fill(name, 30), min(values), max(values))
+        image = draw_matrix(axes, matrix, textwrap.fill(name, 30), min(values), max(values), names)
     for axes in every[len(matrices) :]:
         axes.set_axis_off()
     figure.colorbar(image, ax=list(every), shrink=0.8)
@@ -79,8 +79,8 @@ def plot_curves(curves, x_label, y_label):
 
 def plot_tasks(matrices, names=None):
     """Accuracy on each task while later ones are trained. matrices: {name: those of its seeds}, of which mean
-    and standard deviation are shown; what was trained jointly is a dashed line, if tested on each task.
-    names: of the tasks, where they have any."""
+    and standard deviation are shown; a dashed line is the mean of what was trained jointly, and tested on
+    each task. names: of the tasks, where they have any."""
     tasks = max(len(runs[0]) for runs in matrices.values())
     columns = min(5, tasks)
     rows = math.ceil(tasks / columns)
