@@ -50,9 +50,8 @@ class Run:
         """What it has to agree in with others; of a folder its place, of a sequence its sets' names."""
         left_out = {*OF_TASKS, "epochs"} if self.joint else {"sequence"}
         found = {name: self.args.get(name) for name in SETTING if name not in left_out}
-        sets = set_names(self.args.get("sequence")) or [self.args["data_dir"]] * (
-            found["dataset"] == "folder"
-        )
+        sets = set_names(self.args.get("sequence"))
+        sets += [self.args["data_dir"]] if found["dataset"] == "folder" else []
         return found | {"dataset": " ".join([found["dataset"], *sets])}
 
     def differs(self, name):
