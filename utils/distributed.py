@@ -22,6 +22,7 @@ KNOWN_ERRORS = {  # words of RuntimeErrors, and what they mean
     "DataLoader worker": f"{KILLED} out of shared memory: lower --workers or --batch_size; {AGAIN}",
     "can't allocate memory": MEMORY,
     "CUDA out of memory": MEMORY,
+    "InvalidCxxCompiler": "--compile needs a C++ compiler on a CPU: install g++, or leave --compile out",
     **dict.fromkeys(
         ("closed by peer", "reset by peer", "remote process exited"),
         f"another process of this run ended without a word: was it killed, or did its machine fail? {AGAIN}",
@@ -105,6 +106,7 @@ def start(device):
             raise UserError(f"--nproc_per_node: this machine has {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(local)
         torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means that
     if world > 1:
         try:
             store, rank, world = next(dist.rendezvous("env://"))

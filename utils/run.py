@@ -184,12 +184,12 @@ class Run:
             self.save()
 
     def end_epoch(self):
-        """Logs the epoch's means; saves unless that would take over a tenth of the time."""
+        """Logs the epoch's means; saves unless that would take over 2 % of the time."""
         self.check_finite()
         self.report("epoch", self.meter.means())
         self.epoch, self.step = self.epoch + 1, 0
         self.leaving = self.process.any_rank(self.leaving or self.stop.signal is not None)
-        cheap = self.seconds_saving < 0.1 * (time.monotonic() - self.started)
+        cheap = self.seconds_saving < 0.02 * (time.monotonic() - self.started)
         if cheap or self.leaving or self.epoch == self.epochs or self.save_is_due():
             self.save()
 
