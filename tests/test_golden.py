@@ -114,3 +114,12 @@ def test_schedule_of_a_run():
     assert shortest[0] == 0.003 and shortest.argmax() == 12  # a third of the steps
     falcon = rates("--epochs 200 --batch_size 64", "falcon")
     assert (falcon[0], falcon[389], falcon.max()) == (3e-5, 2.5e-4, 2.5e-4) and falcon[195] < 1.5e-4
+
+
+def test_lars_where_a_norm_is_zero():
+    """The gradient stays as it is: weight decay alone moves nothing, and a weight of zero can leave it."""
+    w, zero = (torch.nn.Parameter(x * torch.ones(2, 2)) for x in (3.0, 0.0))
+    optimizer = LARS([w, zero], lr=0.1, weight_decay=0.5)
+    w.grad, zero.grad = torch.zeros(2, 2), 2 * torch.ones(2, 2)
+    optimizer.step()
+    assert torch.equal(w, torch.full_like(w, 3.0)) and torch.equal(zero, torch.full_like(zero, -0.2))

@@ -39,12 +39,11 @@ class LARS(torch.optim.SGD):
     def scale_gradients(self, params, grads, lr, wd):
         w_norm = torch.stack(torch._foreach_norm(params))  # one entry per tensor
         g_norm = torch.stack(torch._foreach_norm(grads))
-        valid = (w_norm > 0) & (g_norm > 0)
-        local = self.eta * w_norm / (g_norm + wd * w_norm + 1e-8)
-        local = torch.where(valid, (local / lr).clamp(max=1), 1.0)
-        decay = torch.where(valid, wd * local, 0.0)
+        local = (self.eta * w_norm / (g_norm + wd * w_norm + 1e-8) / lr).clamp(max=1)
+        local = torch.where(w_norm > 0, local, 1.0)
+        local = torch.where(g_norm > 0, local, 0.0)  # weight decay alone moves nothing
+        torch._foreach_add_(grads, params, alpha=wd)
         torch._foreach_mul_(grads, list(local.unbind()))
-        torch._foreach_add_(grads, torch._foreach_mul(params, list(decay.unbind())))
 
 
 def warmup_cosine(t, base_lr, total, warmup=10, start_lr=0.003):
