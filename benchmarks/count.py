@@ -2,9 +2,9 @@
 
     python -m benchmarks.count [--method byol --batch_size 512 ...]    (default: the paper's CIFAR-100, bf16)
 
-Arithmetic: of convolutions and products. Bytes: what each operation reads and writes, as if nothing were fused or
-kept in a cache. Kernels: operations that are no views; those on lists count once, but once for each tensor where the
-list is scaled by tensors of its own.
+Arithmetic: of convolutions and products. Bytes: what each operation reads and writes, as if nothing were
+fused or kept in a cache. Kernels: operations that are no views; those on lists count once, but once for each
+tensor where the list is scaled by tensors of its own.
 """
 
 import sys
@@ -23,9 +23,36 @@ from utils.distributed import Process
 from utils.optim import build_optimizer
 
 PAPER = "--dataset cifar100 --backbone resnet18 --image_size 32 --batch_size 256 --precision bf16"
-FREE = ("view", "expand", "as_strided", "detach", "slice", "select", "split", "chunk", "unbind", "permute", "transpose")
-FREE += ("squeeze", "unsqueeze", "alias", "t", "empty", "empty_like", "empty_strided", "_unsafe_view", "new_empty")
-KINDS = {"convolution": "convolutions", "batch_norm": "batch norms", "_foreach": "optimiser, EMA", "_fused": "optimiser, EMA"}
+FREE = (
+    "view",
+    "expand",
+    "as_strided",
+    "detach",
+    "slice",
+    "select",
+    "split",
+    "chunk",
+    "unbind",
+    "permute",
+    "transpose",
+)
+FREE += (
+    "squeeze",
+    "unsqueeze",
+    "alias",
+    "t",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "_unsafe_view",
+    "new_empty",
+)
+KINDS = {
+    "convolution": "convolutions",
+    "batch_norm": "batch norms",
+    "_foreach": "optimiser, EMA",
+    "_fused": "optimiser, EMA",
+}
 KINDS |= {"mm": "products", "relu": "activations", "threshold": "activations", "clamp_min": "activations"}
 KINDS |= {"_to_copy": "casts and copies", "copy_": "casts and copies"}
 
@@ -66,10 +93,12 @@ def main(flags):
         loss.backward()
         optimizer.step()
         learner.after_step(student, teacher, 0.5)
-    print(f"{args.method} + {args.regularizer}, {args.backbone}, {args.image_size} px, batch {args.batch_size}")
+    print(
+        f"{args.method} + {args.regularizer}, {args.backbone}, {args.image_size} px, batch {args.batch_size}"
+    )
     found = flops.get_flop_counts()["Global"]
     for name, count in sorted(found.items(), key=lambda item: -item[1]):
-        print(f"{str(name):32s} {count / 1e12:8.3f} TFLOP")
+        print(f"{name!s:32s} {count / 1e12:8.3f} TFLOP")
     print(f"{'all':32s} {sum(found.values()) / 1e12:8.3f} TFLOP\n")
     for kind, count in traffic.kernels.most_common():
         print(f"{kind:32s} {count:8d} kernels {traffic.bytes[kind] / 1e9:8.2f} GB")

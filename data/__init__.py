@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 # functions in datasets.py
-DATASETS = "digits cifar10 cifar100 svhn stl10 imagenet100 imagenet domainnet folder".split()
+DATASETS = "digits textured_digits cifar10 cifar100 svhn stl10 imagenet100 imagenet domainnet folder".split()
 SCENARIOS = ("class", "data", "domain")
 # the flags that say what the tasks are
 OF_TASKS = ("scenario", "num_tasks", "domain_order", "class_order", "task_sizes", "sequence")
@@ -41,7 +41,7 @@ class Sequence(argparse.Action):
 def add_data_arguments(parser):
     """The flags that say where images come from and what a task is; returns the group's add_argument."""
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, default="digits", help="digits needs no download")
+    add("--dataset", choices=DATASETS, default="digits", help="(textured_)digits needs no download")
     add("--data_dir", default="datasets", help="where the data set lies, or is to be put by --download")
     add("--download", action="store_true", help="fetch the data set if it is missing")
     text = "train/<class>/ and test/<class>/ to evaluate with, for images without labels"

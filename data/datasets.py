@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from data.cache import open_cache
 from data.files import Files, list_classes, list_images, load_all
@@ -16,6 +17,7 @@ from utils import UserError
 # CIFAR-10's; the released code takes them for CIFAR-100, too
 CIFAR_STATS = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
 DIGITS_STATS = (0.3053,) * 3, (0.3762,) * 3
+TEXTURED_STATS = (0.3908, 0.3638, 0.3619), (0.3049, 0.2597, 0.2741)
 IMAGENET_STATS = (0.485, 0.456, 0.406), (0.228, 0.224, 0.225)  # the released code's standard deviations
 SVHN_STATS = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)
 
@@ -89,6 +91,24 @@ def digits(split, args):
     images = torch.from_numpy((bunch.images[chosen] * (255 / 16)).round().astype(np.uint8))
     images = images.unsqueeze(1).repeat(1, 3, 1, 1)
     return ImageSet(images, torch.from_numpy(bunch.target[chosen]).long(), TEN, *DIGITS_STATS)
+
+
+def textured_digits(split, args):
+    """The digits at 16x16 before scikit-learn's two photographs, as in MNIST-M (Ganin et al., JMLR 2016): the
+    difference of both, taken at a random place of one of them."""
+    from sklearn.datasets import load_sample_images
+
+    plain, rng = digits(split, args), torch.Generator().manual_seed(int(split == "test"))
+    photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2).float()
+    photos, side, count = F.avg_pool2d(photos, 3), 16, len(plain.labels)
+    which, *corner = (
+        torch.randint(n, (count,), generator=rng) for n in (2, *(s - side for s in photos.shape[2:]))
+    )
+    rows, columns = (start.view(-1, 1) + torch.arange(side) for start in corner)
+    patches = photos[which.view(-1, 1, 1), :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+    larger = F.interpolate(plain.images.float(), scale_factor=2, mode="bilinear")
+    images = (patches - larger).abs().round().byte().contiguous()
+    return replace(plain, images=images, mean=TEXTURED_STATS[0], std=TEXTURED_STATS[1])
 
 
 def cifar10(split, args):

@@ -21,6 +21,7 @@ from utils import evaluate
 # folder, --dataset, scenarios ("joint": one task), flags for epochs of three steps or more
 SETS = """
 digits       digits       class,data         --batch_size 200 --moco_queue_size 200
+textured     textured_digits  data           --batch_size 200 --moco_queue_size 200
 cifar10      cifar10      class,data         --batch_size 6
 cifar100     cifar100     class,data         --batch_size 16
 svhn         svhn         class,data         --batch_size 6
@@ -105,6 +106,11 @@ def test_from_files_to_results(data, name, scenario, tmp_path, monkeypatch, caps
 def test_contents(data):
     """Images, labels, classes and domains are those of the files."""
     assert {dataset for dataset, *_ in SETS.values()} == set(DATASETS)
+    (plain, *_), (train, _, test) = load(data, "digits"), load(data, "textured")
+    assert torch.equal(train.labels, plain.labels) and not torch.equal(train.images[:9], test.images[:9])
+    similar = (train.images.float().mean((2, 3)) - plain.images.float().mean((2, 3))).abs()
+    assert train.images.shape[1:] == (3, 16, 16) and 10 < similar.mean() < 100  # neither black nor the same
+    assert torch.equal(train.images, load(data, "textured")[0].images)
     train, _, test = load(data, "cifar10")
     assert train.labels.tolist() == 5 * list(range(10)) and train.classes == test.classes == TEN
     assert np.array_equal(train.images[13], trees.numbers(10, 3072, seed=2)[3].reshape(3, 32, 32))
