@@ -25,8 +25,6 @@ from data.scenarios import Tasks
 from utils import distributed
 from utils.optim import build_optimizer
 
-STEPS = 4
-
 
 def seconds(device, function):
     """(wall time, result) of function(), the device's work included."""
@@ -95,9 +93,9 @@ def parts(trial, rounds):
         times.setdefault(name, []).append(spent)
         return result
 
-    for _ in range(rounds + 2):
+    for _ in range(rounds + 1):
         trial.step(timed)
-    return {name: statistics.median(found[2:]) for name, found in times.items()}
+    return {name: statistics.median(found[1:]) for name, found in times.items()}
 
 
 def middle(values):
@@ -111,6 +109,7 @@ def main(flags):
     parser.add_argument("--against", choices=("plain",))
     parser.add_argument("--json")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=4)  # of a round
     own, flags = parser.parse_known_args(flags)
     process = distributed.start("auto")
     args = main_cssl.parse_arguments(flags)
@@ -139,11 +138,11 @@ def main(flags):
         print(f"{part:24s} " + " ".join(f"{1e3 * found[part]:9.2f}" for found in table.values()))
     times = {name: [] for name in trials}
     for trial in trials.values():
-        seconds(trial.device, lambda trial=trial: [trial.step() for _ in range(STEPS)])
+        seconds(trial.device, lambda trial=trial: [trial.step() for _ in range(own.steps)])
     for _ in range(own.rounds):
         for name, trial in trials.items():
-            run = lambda trial=trial: [trial.step() for _ in range(STEPS)]  # noqa: E731
-            times[name].append(seconds(trial.device, run)[0] / STEPS)
+            run = lambda trial=trial: [trial.step() for _ in range(own.steps)]  # noqa: E731
+            times[name].append(seconds(trial.device, run)[0] / own.steps)
     for name, found in times.items():
         median, spread = middle(found)
         rate = f"{args.batch_size / median:9.0f} images/s"
