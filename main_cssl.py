@@ -18,6 +18,7 @@ from models import add_network_arguments, resolve_network
 from utils.arguments import Parser, interval
 from utils.stop import Stop
 
+PRECISIONS = {"fp32": "highest", "tf32": "high", "bf16": "medium"}  # of products, and torch's word for it
 SHORT = 50  # epochs a task, below which the released schedule has no room for its warm-up
 
 
@@ -50,8 +51,9 @@ def parse_arguments(argv=None):
     text += f"and under {SHORT} epochs a task, where a jump can make a run collapse)"
     add("--lr_schedule", choices=("epoch", "step"), help=text)
     add("--warmup_epochs", type=float, help=f"linear warm-up (default: 10; a third of runs under {SHORT})")
-    text = "of the losses' products on CUDA, and with --precision fp32 of all linear layers; tf32 has 10 bits"
-    add("--loss_precision", choices=("fp32", "tf32"), default="fp32", help=text)
+    text = "of the losses' products, and with --precision fp32 of all linear layers: tf32 (10 bits) on CUDA, bf16 "
+    text += "(7 bits) also on CPUs that have it"
+    add("--loss_precision", choices=PRECISIONS, default="fp32", help=text)
     add("--compile", action="store_true", help="torch.compile: slower to start, pays on long runs")
 
     add_evaluation_arguments(parser)
@@ -117,7 +119,7 @@ COLLAPSED = "the network has collapsed in {}: its outputs hardly differ between 
 
 def main(args, stop):
     process = distributed.start(args.device)
-    torch.set_float32_matmul_precision({"fp32": "highest", "tf32": "high"}[args.loss_precision])
+    torch.set_float32_matmul_precision(PRECISIONS[args.loss_precision])
     train, probe, test, tasks = build_data(args, process)
     resolve(args, process, train, test, tasks)
     learner = build_learner(args, process, probe)

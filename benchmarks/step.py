@@ -113,6 +113,7 @@ def main(flags):
     own, flags = parser.parse_known_args(flags)
     process = distributed.start("auto")
     args = main_cssl.parse_arguments(flags)
+    torch.set_float32_matmul_precision(main_cssl.PRECISIONS[args.loss_precision])
     shape = (4 * args.batch_size, 3, *[args.image_size or 32] * 2)
     pixels, labels = torch.randint(0, 256, shape, dtype=torch.uint8), torch.zeros(shape[0], dtype=torch.int64)
     images = ImageSet(pixels, labels, [], (0.5,) * 3, (0.25,) * 3)
@@ -129,7 +130,7 @@ def main(flags):
     setting = (
         f"{args.method} + {args.regularizer}, {args.backbone} width {args.width}, {args.image_size} px, "
     )
-    setting += f"batch {args.batch_size}, {args.precision}{', compiled' * args.compile}, {where}, "
+    setting += f"batch {args.batch_size}, {args.precision}, losses {args.loss_precision}{', compiled' * args.compile}, {where}, "
     setting += f"torch {torch.__version__}"
     print(setting)
     table = {name: parts(trial, own.rounds) for name, trial in trials.items() if name != "finetune"}

@@ -224,6 +224,12 @@ def test_pseudo_negatives_change_the_loss(folder, tmp_path):
     assert first["main"] == (ssl, no_align) and first["reg"] == (no_ssl, align)
 
 
+def test_products_are_in_full_precision_unless_told(capsys):
+    for words, precision in {"--loss_precision bf16": "medium", "": "highest"}.items():
+        fails(capsys, f"--dataset folder --data_dir /nowhere {words}", "/nowhere")
+        assert torch.get_float32_matmul_precision() == precision
+
+
 def test_settings_are_settled_once():
     """By method, regulariser, length and data, where the flags leave them open."""
     args, _ = settled("--epochs 60", "byol")
