@@ -51,8 +51,10 @@ def parse_arguments(argv=None):
     text += f"and under {SHORT} epochs a task, where a jump can make a run collapse)"
     add("--lr_schedule", choices=("epoch", "step"), help=text)
     add("--warmup_epochs", type=float, help=f"linear warm-up (default: 10; a third of runs under {SHORT})")
-    text = "of the losses' products, and with --precision fp32 of all linear layers: tf32 (10 bits) on CUDA, bf16 "
-    text += "(7 bits) also on CPUs that have it"
+    text = (
+        "of the losses' products, with --precision fp32 of linear layers, too: tf32 on CUDA, bf16 there and "
+    )
+    text += "on CPUs that have it"
     add("--loss_precision", choices=PRECISIONS, default="fp32", help=text)
     add("--compile", action="store_true", help="torch.compile: slower to start, pays on long runs")
 

@@ -130,8 +130,8 @@ def main(flags):
     setting = (
         f"{args.method} + {args.regularizer}, {args.backbone} width {args.width}, {args.image_size} px, "
     )
-    setting += f"batch {args.batch_size}, {args.precision}, losses {args.loss_precision}{', compiled' * args.compile}, {where}, "
-    setting += f"torch {torch.__version__}"
+    setting += f"batch {args.batch_size}, {args.precision}, losses {args.loss_precision}, "
+    setting += f"{'compiled, ' * args.compile}{where}, torch {torch.__version__}"
     print(setting)
     table = {name: parts(trial, own.rounds) for name, trial in trials.items() if name != "finetune"}
     print(f"{'ms':24s} " + " ".join(f"{name:>9s}" for name in table))

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-BLOCK = 1024  # keys worked on together on the CPU, so that their products stay in its cache
+BLOCK = 2048  # keys worked on together on the CPU, so that their products stay in its cache
 
 
 class LogSumExp(torch.autograd.Function):

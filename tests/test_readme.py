@@ -10,6 +10,7 @@ import pytest
 from conftest import BASE, ROOT, run, tiny
 
 from losses import METHODS, REGULARIZERS
+from losses.base import over_views
 
 README = (ROOT / "README.md").read_text()
 
@@ -24,6 +25,7 @@ def register(monkeypatch):
         exec(compile(code, f"losses/{name}.py", "exec"), vars(module))
         monkeypatch.setitem(sys.modules, f"losses.{name}", module)
         monkeypatch.setitem(registry, name, class_name)
+        return module
 
     return put
 
@@ -37,15 +39,15 @@ def test_new_method(regularizer, tmp_path, register):
 
 @pytest.mark.parametrize("method", ["moco", "vicreg"])
 def test_new_regularizer(method, tmp_path, register):
-    """It sees the features of student and teacher, which part less under its weight than without."""
-    register(REGULARIZERS, "feature_l2", "FeatureL2")
-    distances = []
+    """It sees the features of student and teacher, which part less under a large weight than a small one."""
+    module, distances = register(REGULARIZERS, "feature_l2", "FeatureL2"), []
     for weight in (1e-6, 100):
         out, flags = (
             tmp_path / str(weight),
             f"{tiny(method)} --regularizer feature_l2 --num_tasks 2 --epochs 1",
         )
-        flags += f" --feature_l2_weight {weight} --lr 0.1 --eval none --log_every 1"
+        flags += " --lr 0.1 --eval none --log_every 1"
+        module.over_views = lambda *views, weight=weight: weight * over_views(*views)
         assert run(f"{flags} --out_dir {out}") == 0
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert all(("feature_l2" in row) == (row["task"] == 1) for row in rows)
