@@ -76,6 +76,15 @@ def test_tables(runs, tmp_path, capsys):
     }
 
 
+def test_where_a_run_began(tmp_path):
+    """Seeds that continue first tasks of their own, wherever they lie, are one row; other weights are not."""
+    starts = "runs/first-seed5", "runs/first-seed6/task0.pt", "runs/first-seed7/"
+    found = [make(tmp_path / str(seed), seed=seed, init_from=x) for seed, x in enumerate(starts, 5)]
+    found.append(make(tmp_path / "weights", seed=8, init_from="resnet18.pth"))
+    (group,) = compare.group([compare.read(run) for run in found])
+    assert [*map(len, group.grid.values())] == [3, 1] and "± 0.00" in group.tables[0][1][1][2]
+
+
 def test_the_papers_figure(tmp_path):
     """Stands only beside numbers of its own benchmark and protocol."""
     row = [[0.0] * 5] * 5

@@ -240,10 +240,8 @@ def test_sequence(tmp_path):
     flags = f"--width 4 --image_size 8 --batch_size 64 --device cpu {find('moco').small}"
     variables = {"PYTHON": sys.executable, "DATA": "data", "RUNS": "runs", "EPOCHS": "1 1", "JOINT": "1"}
     variables |= {"REGULARIZERS": "pnr", "FLAGS": flags}
-    done = script("run_sequence.sh", "6", "7", cwd=tmp_path, **variables)
+    done = script("run_sequence.sh", "6", cwd=tmp_path, **variables)
     assert done.returncode == 0, done.stderr
     assert [len(row) for row in trees.results(tmp_path / "runs" / "pnr-2sets-seed6")["matrix"]] == [2, 2]
     assert "sequence cifar100 digits, domain-incremental, 2 tasks" in done.stdout
-    assert "2 run(s) in 1 group(s)" in done.stdout
-    (row,) = [line for line in done.stdout.splitlines() if line.startswith("MoCo v2+, PNR ")]
-    assert row.count("±") == 3 and row.split()[-1] == "2"  # seeds, each from a first task of its own
+    assert "1 run(s) in 1 group(s)" in done.stdout
