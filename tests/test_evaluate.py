@@ -153,3 +153,17 @@ def test_collapse_monitors():
     dead, _ = collapse_metrics(torch.ones(50, 8), (none[:50], 10))
     assert dead == {"feature_std": 0, "effective_rank": 1, "code_entropy": 0, "intracluster_variance": 0}
     assert collapse_metrics(torch.randn(10, 8)[even], (even, 10))[0]["intracluster_variance"] < 1e-6
+
+
+@pytest.mark.parametrize("dim, threads", [(8, 1), (2**15, 2)])
+def test_small_steps_take_one_thread(dim, threads, monkeypatch):
+    """And the others get their threads back."""
+    monkeypatch.setattr(
+        evaluate.SoftmaxRegression, "train_batches", lambda *_: found.append(torch.get_num_threads())
+    )
+    found, before = [], torch.get_num_threads()
+    torch.set_num_threads(2)
+    probe = evaluate.SoftmaxRegression(dim, 10, [1.0], 0.0, 5, 100, evaluate.ALONE)
+    probe.train_one_epoch(torch.zeros(3, dim), torch.zeros(3, dtype=torch.int64))
+    assert [*found, torch.get_num_threads()] == [threads, 2]
+    torch.set_num_threads(before)

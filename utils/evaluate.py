@@ -1,6 +1,8 @@
 """Features of a frozen network, linear probe and k-NN on them, the accuracy matrix a[k][t], and what is read
 off it."""
 
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 
@@ -14,6 +16,7 @@ ALONE = Process(torch.device("cpu"))
 PROBE_EPOCHS, PROBE_BATCH, PROBE_DROPS = 100, 256, (60, 80)
 # --probe_lr sweep: rates, and the epochs that tell them apart
 SWEEP, SWEEP_EPOCHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), 60
+SMALL_STEP = 2**26  # multiplications
 KNN_K, KNN_TEMPERATURE, KNN_CHUNK = 200, 0.07, 512
 
 
@@ -46,6 +49,18 @@ def features_of(args, process, backbone):
     return extract
 
 
+@contextmanager
+def threads_that_pay(work):
+    """On the CPU one thread for small steps: several wait for each other, and where another program is at
+    work that takes many times as long. work: multiplications of a step."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if work < SMALL_STEP else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class SoftmaxRegression:
     """Linear classifiers that start from zero, one for each of R rates, on the same batches: SGD with
     momentum and without weight decay, lr x 0.1 at 60 % and 80 % of the epochs. Each rank gives its own share
@@ -76,7 +91,13 @@ class SoftmaxRegression:
         own = (order >= 0) & (order < len(x))
         sizes = [int(part.sum()) for part in own.split(PROBE_BATCH)]
         lr = self.lr * 0.1 ** sum(self.epoch >= drop for drop in self.drops)
-        for step, rows in enumerate(order[own].to(x.device).split(sizes)):
+        with threads_that_pay(PROBE_BATCH * self.weight.numel()):
+            self.train_batches(x, y, order[own].to(x.device).split(sizes), lr, total)
+        self.epoch += 1
+
+    def train_batches(self, x, y, batches, lr, total):
+        """batches: rows of x; total: their number on all ranks."""
+        for step, rows in enumerate(batches):
             batch, size = x[rows].to(self.weight.dtype), min(PROBE_BATCH, total - step * PROBE_BATCH)
             # the gradient of cross-entropy with respect to the logits: softmax less one-hot
             error = self.logits(batch).softmax(dim=2)
@@ -89,7 +110,6 @@ class SoftmaxRegression:
                 velocity.mul_(self.momentum).add_(gradient)
             self.weight.addcmul_(lr.unsqueeze(1), self.velocities[0], value=-1)
             self.bias.addcmul_(lr, self.velocities[1], value=-1)
-        self.epoch += 1
 
 
 def linear_probe(features, parts, test_x, num_classes, lr, momentum, seed, epochs, process=ALONE):
