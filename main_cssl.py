@@ -121,7 +121,6 @@ COLLAPSED = "the network has collapsed in {}: its outputs hardly differ between 
 
 def main(args, stop):
     process = distributed.start(args.device)
-    torch.set_float32_matmul_precision(PRECISIONS[args.loss_precision])
     train, probe, test, tasks = build_data(args, process)
     resolve(args, process, train, test, tasks)
     learner = build_learner(args, process, probe)
@@ -147,9 +146,11 @@ def main(args, stop):
         epochs = 0 if task < run.given_tasks else args.epochs
         run.begin_task(task, epochs, loader, learner=learner, optimizer=optimizer, scaler=scaler)
         model = wrap(learner, process, args.compile)
+        torch.set_float32_matmul_precision(PRECISIONS[args.loss_precision])
         for epoch in range(run.epoch, epochs):
             batches = zip(loader.epoch(epoch, run.step), labelled(epoch, run.step))
             train_one_epoch(args, run, model, learner, optimizer, scaler, epoch, batches)
+        torch.set_float32_matmul_precision("highest")  # of what is evaluated
         if run.finished == task:  # otherwise the run was interrupted after this evaluation
             if task < run.given_tasks:
                 run.save()  # so that it can be resumed once task0.pt is there

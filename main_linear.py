@@ -271,7 +271,9 @@ def settings_of(args, config, source, transfer):
     """What decides a number besides the networks, by name; what is as in the networks' own run is left
     out."""
     elsewhere = args.dataset == "folder" or args.data_dir != config.get("data_dir")
-    dataset = args.dataset + f":{Path(args.data_dir).resolve()}" * (elsewhere and args.dataset != "digits")
+    dataset = args.dataset + f":{Path(args.data_dir).resolve()}" * (
+        elsewhere and "digits" not in args.dataset
+    )
     settings = {"dataset": dataset, "size": args.image_size, "normalize": source}
     settings |= {"transfer": True} if transfer else {}
     own = () if transfer else (*OF_TASKS, "probe_data_dir")

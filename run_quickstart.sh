@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # The main job in miniature, in about three minutes on two CPU cores: SimCLR learns scikit-learn's handwritten digits, and then the
 # same digits before photographs, by fine-tuning, CaSSLe and PNR. The accuracy on the first digits falls by fine-tuning, and less
-# with a regulariser: the columns S (forgetting) and FT (of what was not seen yet) in the table that it ends with.
-#   bash run_quickstart.sh [further flags of main_cssl.py, such as --seed 6]
-#   OUT=DIR: where the run folders go (runs/quickstart); PYTHON=...: an interpreter (python, if it has the packages, or else that
+# with a regulariser: column S (forgetting) of the table that it ends with; A_T is the mean over both sets.
+#   bash run_quickstart.sh [further flags of main_cssl.py]       OUT=runs/six bash run_quickstart.sh --seed 6
+#   OUT=DIR: where the run folders go (runs/forgetting); PYTHON=...: an interpreter (python, if it has the packages, or else that
 #   of .venv, which is made)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/python.sh"
 need torch torchvision tqdm tensorboard sklearn matplotlib || install requirements.txt
-OUT=${OUT:-runs/quickstart}
+OUT=${OUT:-runs/forgetting}
 
 SETTINGS=(--method simclr --backbone resnet10 --width 8 --image_size 16 --epochs 30 --batch_size 128 --eval knn --online_probe off)
 

@@ -87,7 +87,7 @@ class LARS(torch.optim.SGD):
         (group,) = self.param_groups
         decay, group["weight_decay"] = group["weight_decay"], 0
         for p in group["params"]:
-            if p.grad is not None and p.ndim > 1:
+            if p.grad is not None:
                 norm, gradient = torch.norm(p), torch.norm(p.grad)
                 if norm != 0 and gradient != 0:
                     local = 0.02 * norm / (gradient + norm * decay + 1e-8)

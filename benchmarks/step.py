@@ -111,6 +111,8 @@ def main(flags):
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=4)  # of a round
     own, flags = parser.parse_known_args(flags)
+    if own.against and {"--method", "--regularizer"} & set(flags):
+        parser.error("--against plain: for MoCo and PNR, the default")
     process = distributed.start("auto")
     args = main_cssl.parse_arguments(flags)
     torch.set_float32_matmul_precision(main_cssl.PRECISIONS[args.loss_precision])

@@ -28,7 +28,7 @@ def lines(path):
 def set_names(sequence):
     """What the sets of --sequence are called, wherever they lie; a folder has its own name."""
     pairs = (entry.partition(":")[::2] for entry in sequence or ())
-    return [Path(place).name if place and dataset == "folder" else dataset for dataset, place in pairs]
+    return [Path(place).resolve().name if dataset == "folder" else dataset for dataset, place in pairs]
 
 
 class Sequence(argparse.Action):

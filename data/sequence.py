@@ -18,11 +18,8 @@ def sequence(args):
     """The training and the test ImageSet of --sequence: different data sets as domains, each with classes of
     its own, their images cut to squares of --image_size pixels; normalised as the first of them. Raises
     UserError where a set has no labels to evaluate with."""
-    side, names, parts = (
-        getattr(args, "image_size", None) or SEQUENCE_SIZE,
-        set_names(args.sequence),
-        ([], []),
-    )
+    side = getattr(args, "image_size", None) or SEQUENCE_SIZE
+    names, parts = set_names(args.sequence), ([], [])
     flags = ("domain_order", "cache", "probe_data_dir", "val_split")
     if given := [name for name in flags if getattr(args, name)]:
         raise UserError(f"--{given[0]}: not with --sequence")
@@ -35,6 +32,8 @@ def sequence(args):
         if dataset not in DATASETS:
             known = ", ".join(DATASETS)
             raise UserError(f"--sequence {entry}: neither SET nor SET:DIR with SET one of {known}")
+        if entry == "folder":
+            raise UserError("--sequence folder: say which, as folder:DIR")
         other = copy.copy(args)
         vars(other).update(dict.fromkeys(OF_TASKS), scenario="class", dataset=dataset)
         other.data_dir = place or args.data_dir
@@ -66,6 +65,6 @@ def squares(images, side):
     if height == width == side:
         return images
     size = [round(side * length / min(height, width)) for length in (height, width)]
-    parts = images.split(1024)  # all at once would take much memory
+    parts = images.split(1024)
     resized = torch.cat([resize(part, size, antialias=True) for part in parts])
     return center_crop(resized, [side, side]).contiguous()

@@ -198,7 +198,7 @@ def test_a_run_that_is_continued(method, regularizer, tmp_path, capsys, monkeypa
     fails(capsys, f"{flags} {three} --regularizer finetune", "--regularizer")
     fails(capsys, f"{flags} {three} --width 8", "--width")
     fails(capsys, f"{flags} {three} --seed 6", "--seed")
-    fails(capsys, f"{flags} {three} --image_size 16", "--image_size")
+    fails(capsys, f"{flags} {three} --image_size 16 --start_task 2", "--image_size")
     fails(capsys, f"{flags} {three} --start_task 4", "task3.pt")
     shutil.copy(three / "task1.pt", three / "copy.pt")  # the file that is named, whatever it is called
     assert checkpoint.given(three / "copy.pt") == [three / "task0.pt", three / "copy.pt"]
@@ -224,10 +224,19 @@ def test_pseudo_negatives_change_the_loss(folder, tmp_path):
     assert first["main"] == (ssl, no_align) and first["reg"] == (no_ssl, align)
 
 
-def test_products_are_in_full_precision_unless_told(capsys):
-    for words, precision in {"--loss_precision bf16": "medium", "": "highest"}.items():
-        fails(capsys, f"--dataset folder --data_dir /nowhere {words}", "/nowhere")
-        assert torch.get_float32_matmul_precision() == precision
+def test_products_are_in_full_precision_unless_told(tmp_path, monkeypatch):
+    """In training only; and a run from before the flag goes on."""
+    found, evaluate = [], main_cssl.evaluate_task
+    note = lambda *words: found.append(torch.get_float32_matmul_precision())  # noqa: E731
+    monkeypatch.setattr(main_cssl, "evaluate_task", lambda *words: note() or evaluate(*words))
+    monkeypatch.setattr(main_cssl.Run, "end_epoch", lambda *_: note())
+    call = f"{FINETUNE} --num_tasks 1 --epochs 1"
+    assert run(f"{call} --out_dir {tmp_path / 'a'} --loss_precision bf16") == 0
+    assert run(f"{call} --out_dir {tmp_path / 'b'}") == 0 and found == ["medium", *["highest"] * 3]
+    state = torch.load(tmp_path / "b" / "last.pt")
+    del state["arguments"]["loss_precision"]
+    torch.save(state, tmp_path / "b" / "last.pt")
+    assert run(f"{call} --out_dir {tmp_path / 'b'}") == 0
 
 
 def test_settings_are_settled_once():

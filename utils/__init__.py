@@ -3,3 +3,6 @@
 
 class UserError(ValueError):
     """What the user can mend: the message says what is wrong, where, and what to do."""
+
+
+LATER = {"loss_precision": "fp32"}  # flags that older runs do not know, and what they did

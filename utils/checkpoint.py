@@ -218,11 +218,9 @@ def load_method(learner, path, args, tasks, task=0):
         raise UserError(
             f"{path} is no network of this run's task {task}: it is of other data, classes, or tasks"
         )
-    theirs, own = (
-        network["config"] or {},
-        ("method", "image_size", *("regularizer", "seed")[: 2 * (task > 0)]),
-    )
-    for name in (name for name in own if name in theirs and theirs[name] != getattr(args, name)):
+    theirs, flags = network["config"] or {}, ["method"]
+    flags += ["regularizer", "seed", "image_size", "single_tasks"] if task else []
+    for name in (name for name in flags if name in theirs and theirs[name] != getattr(args, name)):
         raise UserError(f"{path} is of a run with --{name} {theirs[name]}: go on with that")
     fresh, left_out = fit(state, method.state_dict()) if network["config"] is None else (set(), set())
     left_out |= network["left_out"] | ({"classifier"} if classifier and online is None else set())

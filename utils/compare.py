@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data import OF_TASKS, set_names
 from losses import METHODS, REGULARIZERS
+from utils import LATER
 from utils.metrics import kind_of
 
 # arguments in which runs have to agree to be compared; a joint run has no tasks of its own
@@ -29,6 +30,7 @@ IMAGENET = {"byol": (66.0, 66.4), "barlow": (63.1, 68.2), "moco": (62.0, 68.8), 
 PAPER = {"cifar100": CIFAR | {"vicreg": (51.5, 53.6)}, "imagenet100": IMAGENET | {"vicreg": (61.3, 64.8)}}
 JOINT = {"barlow": 70.9, "byol": 70.5, "moco": 69.9, "vicreg": 68.5, "simclr": 65.8}  # CIFAR-100, solo-learn
 OWN_TASK, RATE = re.compile(r"(task\d+\.pt|/)$"), re.compile(r"lr [\d.e+-]+(?=,)")
+WEIGHTS = (".pt", ".pth", ".ckpt", ".tar", ".bin", ".safetensors")
 EACH = "lr of each method"
 
 
@@ -58,8 +60,8 @@ class Run:
         """What else may set it apart from runs of its setting, as text. To start from another run's first
         task does not."""
         value = str(self.args.get(name))
-        own = name == "init_from" and (OWN_TASK.search(value) or not Path(value).suffix)
-        return "None" if own else value
+        own = OWN_TASK.search(value) or not value.endswith(WEIGHTS)
+        return "None" if name == "init_from" and own else value
 
     def protocols(self):
         """{caption: block}: what was evaluated, of each protocol the block that says most. The rate of the
@@ -130,7 +132,7 @@ def read(folder):
     """The Run in a folder; raises ValueError that says why there is none to show."""
     folder = Path(folder)
     try:
-        args = json.loads((folder / "config.json").read_text())["arguments"]
+        args = LATER | json.loads((folder / "config.json").read_text())["arguments"]
         tasks = range(args["num_tasks"])
         run = Run(folder, args, {}, [])
         run.setting(), [args[name] for name in ("method", "regularizer", "image_size", "seed")]
@@ -257,8 +259,8 @@ def figures(grid):
             runs[f"{', '.join(key)}, seed {run.args['seed']}"] = run
             for caption, block in run.protocols().items() if kind_of(run.args) != "single tasks" else ():
                 if "matrix" in block:
-                    kind = joint if run.joint else shown
-                    kind.setdefault(caption, {}).setdefault(", ".join(key), []).append(block)
+                    matrices = joint if run.joint else shown
+                    matrices.setdefault(caption, {}).setdefault(", ".join(key), []).append(block)
     if shown:  # of the protocol that most runs have
         caption, cells = max(shown.items(), key=lambda item: sum(map(len, item[1].values())))
         both = cells | joint.get(caption, {})

@@ -203,8 +203,8 @@ def accuracy_rows(args, process, extract, probe, tested, tasks, ks=(KNN_K,), tas
         lr = choose_lr(features, known, count, *sgd, process) if lr == "sweep" else lr
         found = linear_probe(features, parts, tested[0], count, lr, *sgd, PROBE_EPOCHS, process)
         if separate:  # of each image the scores by its own set's classifier
-            found = [torch.stack(found)[groups[1], torch.arange(len(groups[1]), device=y.device)]]
-            found = [found[0].masked_fill(owner != groups[1].unsqueeze(1), 0)]
+            scores = torch.stack(found)[groups[1], torch.arange(len(groups[1]), device=y.device)]
+            found = [scores.masked_fill(owner != groups[1].unsqueeze(1), 0)]
     else:
         learnt = x[known], y[known], tested[0], count, ks, KNN_TEMPERATURE, process
         found = knn(*learnt, groups if separate else None)

@@ -16,7 +16,7 @@ import torchvision
 from tqdm import tqdm
 
 from data import set_names
-from utils import UserError, checkpoint
+from utils import LATER, UserError, checkpoint
 from utils.collapse import feature_std
 from utils.log import Log, Meter, Progress
 from utils.metrics import SCORES, format_row, kind_of
@@ -141,7 +141,8 @@ class Run:
     def check_experiment(self):
         """Raises UserError unless the checkpoint is of these arguments and data. Until a task is finished the
         protocol may still change, for instance to mend a probe that diverged."""
-        old, new, free = self.saved["arguments"], self.arguments, FREE if self.finished else FREE | PROTOCOL
+        old, new = LATER | self.saved["arguments"], self.arguments
+        free = FREE if self.finished else FREE | PROTOCOL
         old, new = ({**args, "sequence": set_names(args.get("sequence"))} for args in (old, new))
         first = ("dataset", "method", "regularizer")
         for name in sorted((old.keys() | new.keys()) - free, key=lambda name: (name not in first, name)):
@@ -298,7 +299,8 @@ class Run:
             f"{self.args.dataset}, {self.args.method} + {kind_of(self.arguments)}, seed {self.args.seed}\n"
         )
         title += f"{protocol}, A = "
-        names = self.data["tasks"] if self.args.scenario == "domain" and self.args.num_tasks > 1 else None
+        names = self.data["tasks"] if self.args.scenario == "domain" else None
+        names = set_names(self.args.sequence) or names  # of joint training, too
         figure = plot_matrix(block["matrix"], f"{title}{scores['average_accuracy']:.2f} %", names)
         writer.add_figure(picture, figure, self.global_step)
         save(figure, self.folder / picture)
