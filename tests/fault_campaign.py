@@ -182,7 +182,8 @@ class Experiment:
             assert status in (0, expected), f"{folder} ended with status {status}: {said}"
             one = len(said) == 1 and said[0].startswith("main_cssl.py: ")
             assert status <= 0 or one, f"{folder} did not say what happened in one line: {said}"
-            cost = self.repeat(folder, allowed, "last.pt" in name and "missing" not in name)
+            damaged = struck and "last.pt" in name and "missing" not in name
+            cost = self.repeat(folder, allowed, damaged)
             return struck and status == expected, cost
         finally:
             if disk:
