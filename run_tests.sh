@@ -6,4 +6,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/scripts/python.sh"
 need torch torchvision tqdm tensorboard sklearn matplotlib pytest xdist ruff || install requirements.txt tests/requirements.txt
 cd "$ROOT"
 "$PYTHON" -m ruff check .
-"$PYTHON" -m pytest -q -n 2 --dist loadfile "$@"
+"$PYTHON" -m pytest -q -n 2 --dist worksteal "$@"
