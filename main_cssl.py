@@ -52,9 +52,9 @@ def parse_arguments(argv=None):
     add("--lr_schedule", choices=("epoch", "step"), help=text)
     add("--warmup_epochs", type=float, help=f"linear warm-up (default: 10; a third of runs under {SHORT})")
     text = (
-        "of the losses' products, with --precision fp32 of linear layers, too: tf32 on CUDA, bf16 there and "
+        "of the losses' products, under --precision fp32 of linear layers, too: tf32 on CUDA, bf16 also on "
     )
-    text += "on CPUs that have it"
+    text += "CPUs that have it"
     add("--loss_precision", choices=PRECISIONS, default="fp32", help=text)
     add("--compile", action="store_true", help="torch.compile: slower to start, pays on long runs")
 

@@ -20,7 +20,7 @@ import sys
 from itertools import takewhile
 from pathlib import Path
 
-from data import DATASETS, OF_TASKS, add_data_arguments, set_names
+from data import DATASETS, OF_TASKS, add_data_arguments, same_value
 from losses import find
 from models import add_network_arguments, resolve_network
 from utils.arguments import Parser
@@ -88,8 +88,8 @@ def check_arguments(parser, args, config):
         parser.error("pass either --run DIR or --checkpoint FILE")
     for name in (name for name in OF_THE_RUN if args.run and name in (config or {})):
         elsewhere = name == "val_split" and (args.transfer or config[name] is None)
-        moved = name == "sequence" and set_names(args.sequence) == set_names(config[name])
-        if getattr(args, name) not in (None, config[name]) and not elsewhere and not moved:
+        value = getattr(args, name)
+        if value is not None and not same_value(name, value, config[name]) and not elsewhere:
             words = f"{getattr(args, name)} is not that of {args.run}, {config[name]}: leave it out"
             advice = ", or pass --transfer, --probe_data_dir or --checkpoint" * (name == "dataset")
             parser.error(f"--{name} {words}{advice}")
@@ -271,15 +271,13 @@ def settings_of(args, config, source, transfer):
     """What decides a number besides the networks, by name; what is as in the networks' own run is left
     out."""
     elsewhere = args.dataset == "folder" or args.data_dir != config.get("data_dir")
-    dataset = args.dataset + f":{Path(args.data_dir).resolve()}" * (
-        elsewhere and "digits" not in args.dataset
-    )
+    elsewhere = elsewhere and "digits" not in args.dataset  # which come with a package
+    dataset = args.dataset + f":{Path(args.data_dir).resolve()}" * elsewhere
     settings = {"dataset": dataset, "size": args.image_size, "normalize": source}
     settings |= {"transfer": True} if transfer else {}
     own = () if transfer else (*OF_TASKS, "probe_data_dir")
     for name in (*own, "seed", "precision", "val_split", "cache_size"):
-        moved = name == "sequence" and set_names(args.sequence) == set_names(config.get(name))
-        if getattr(args, name) != config.get(name) and not moved:
+        if not same_value(name, getattr(args, name), config.get(name)):
             settings[name] = getattr(args, name)
     if args.eval != "clustering":
         settings["labels"] = args.label_fraction

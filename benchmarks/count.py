@@ -23,38 +23,12 @@ from utils.distributed import Process
 from utils.optim import build_optimizer
 
 PAPER = "--dataset cifar100 --backbone resnet18 --image_size 32 --batch_size 256 --precision bf16"
-FREE = (
-    "view",
-    "expand",
-    "as_strided",
-    "detach",
-    "slice",
-    "select",
-    "split",
-    "chunk",
-    "unbind",
-    "permute",
-    "transpose",
-)
-FREE += (
-    "squeeze",
-    "unsqueeze",
-    "alias",
-    "t",
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "_unsafe_view",
-    "new_empty",
-)
-KINDS = {
-    "convolution": "convolutions",
-    "batch_norm": "batch norms",
-    "_foreach": "optimiser, EMA",
-    "_fused": "optimiser, EMA",
-}
-KINDS |= {"mm": "products", "relu": "activations", "threshold": "activations", "clamp_min": "activations"}
-KINDS |= {"_to_copy": "casts and copies", "copy_": "casts and copies"}
+FREE = "view expand as_strided detach slice select split chunk unbind permute transpose squeeze unsqueeze t"
+FREE = {*FREE.split(), "alias", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty"}
+KINDS = {"convolution": "convolutions", "batch_norm": "batch norms", "mm": "products"}
+KINDS |= dict.fromkeys(("_foreach", "_fused"), "optimiser, EMA")
+KINDS |= dict.fromkeys(("relu", "threshold", "clamp_min"), "activations")
+KINDS |= dict.fromkeys(("_to_copy", "copy_"), "casts and copies")
 
 
 class Traffic(TorchDispatchMode):

@@ -122,13 +122,9 @@ class Plain:
             with cast():
                 return [module(x) for x in inputs]
 
-        def momentum():
+        def frozen(module):
             with torch.no_grad():
-                return of_both(net.momentum, views)
-
-        def teacher():
-            with torch.no_grad():
-                return of_both(net.teacher, views)
+                return of_both(module, views)
 
         def loss():
             with cast():
@@ -144,8 +140,8 @@ class Plain:
 
         views = timed("data", lambda: [x.to(self.device, non_blocking=True) for x in next(self.views)])
         z = timed("forward student", lambda: of_both(net.student, views))
-        k = timed("forward momentum", momentum)
-        f = timed("forward teacher", teacher)
+        k = timed("forward momentum", lambda: frozen(net.momentum))
+        f = timed("forward teacher", lambda: frozen(net.teacher))
         p = timed("forward predictor", lambda: of_both(net.predictor, [F.normalize(x, dim=1) for x in z]))
         value = timed("loss", loss)
         timed("backward", lambda: self.scaler.scale(value).backward())

@@ -84,7 +84,7 @@ class Trial:
         timed("optimiser, EMA, queues", lambda: self.update(student, teacher))
 
 
-def parts(trial, rounds):
+def median_parts(trial, rounds):
     """{part: seconds}, medians."""
     times = {}
 
@@ -102,6 +102,32 @@ def middle(values):
     """Median, and the middle half of the values in percent of it."""
     low, median, high = statistics.quantiles(values, n=4)
     return median, 100 * (high - low) / median
+
+
+def step_times(trials, rounds, steps):
+    """{name: seconds of a step in each round}, of trials by name, some steps of each in turn."""
+    times = {name: [] for name in trials}
+    for _ in range(rounds + 1):
+        for name, trial in trials.items():
+            spent, _ = seconds(trial.device, lambda trial=trial: [trial.step() for _ in range(steps)])
+            times[name].append(spent / steps)
+    return {name: found[1:] for name, found in times.items()}
+
+
+def report(args, own, table, times):
+    """Prints the parts, the steps, and how many steps of ours one of the others takes; returns the latter."""
+    print(f"{'ms':24s} " + " ".join(f"{name:>9s}" for name in table))
+    for part in next(iter(table.values())):
+        print(f"{part:24s} " + " ".join(f"{1e3 * found[part]:9.2f}" for found in table.values()))
+    for name, found in times.items():
+        median, spread = middle(found)
+        rate = f"{args.batch_size / median:9.0f} images/s"
+        print(f"{'step, ' + name:24s} {1e3 * median:9.2f} ms   {rate}   spread {spread:.0f} %")
+    pairs = [(args.regularizer, "finetune")] + [("plain", args.regularizer)] * bool(own.against)
+    ratios = {f"{a} / {b}": middle([x / y for x, y in zip(times[a], times[b])]) for a, b in pairs}
+    for name, (ratio, spread) in ratios.items():
+        print(f"{name:24s} {ratio:9.2f}      spread {spread:.0f} %")
+    return ratios
 
 
 def main(flags):
@@ -126,38 +152,16 @@ def main(flags):
     trials = {args.regularizer: Trial(args, process, images), "finetune": Trial(baseline, process, images)}
     if own.against:
         trials["plain"] = Plain(args, process.device, pixels)
-    where = f"CPU, {torch.get_num_threads()} threads"
-    if process.device.type == "cuda":
-        where = torch.cuda.get_device_name()
-    setting = (
-        f"{args.method} + {args.regularizer}, {args.backbone} width {args.width}, {args.image_size} px, "
-    )
-    setting += f"batch {args.batch_size}, {args.precision}, losses {args.loss_precision}, "
+    cuda = process.device.type == "cuda"
+    where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    setting = f"{args.method} + {args.regularizer}, {args.backbone} width {args.width}, {args.image_size} px"
+    setting += f", batch {args.batch_size}, {args.precision}, losses {args.loss_precision}, "
     setting += f"{'compiled, ' * args.compile}{where}, torch {torch.__version__}"
     print(setting)
-    table = {name: parts(trial, own.rounds) for name, trial in trials.items() if name != "finetune"}
-    print(f"{'ms':24s} " + " ".join(f"{name:>9s}" for name in table))
-    for part in next(iter(table.values())):
-        print(f"{part:24s} " + " ".join(f"{1e3 * found[part]:9.2f}" for found in table.values()))
-    times = {name: [] for name in trials}
-    for trial in trials.values():
-        seconds(trial.device, lambda trial=trial: [trial.step() for _ in range(own.steps)])
-    for _ in range(own.rounds):
-        for name, trial in trials.items():
-            run = lambda trial=trial: [trial.step() for _ in range(own.steps)]  # noqa: E731
-            times[name].append(seconds(trial.device, run)[0] / own.steps)
-    for name, found in times.items():
-        median, spread = middle(found)
-        rate = f"{args.batch_size / median:9.0f} images/s"
-        print(f"{'step, ' + name:24s} {1e3 * median:9.2f} ms   {rate}   spread {spread:.0f} %")
-    ratios = {}
-    for other in [name for name in trials if name != args.regularizer]:
-        a, b = times[other], times[args.regularizer]
-        if other == "finetune":  # how much more than that
-            a, b = b, a
-        ratios[other] = middle([x / y for x, y in zip(a, b)])
-        words = f"{args.regularizer} / finetune" if other == "finetune" else f"faster than {other}"
-        print(f"{words:24s} {ratios[other][0]:9.2f}      spread {ratios[other][1]:.0f} %")
+    shown = (args.regularizer, *[own.against] * bool(own.against))
+    table = {name: median_parts(trials[name], own.rounds) for name in shown}
+    times = step_times(trials, own.rounds, own.steps)
+    ratios = report(args, own, table, times)
     if own.json:
         with open(own.json, "w") as file:
             json.dump({"setting": setting, "parts": table, "steps": times, "ratios": ratios}, file, indent=1)

@@ -31,6 +31,11 @@ def set_names(sequence):
     return [Path(place).resolve().name if dataset == "folder" else dataset for dataset, place in pairs]
 
 
+def same_value(name, a, b):
+    """Whether two values of a flag mean the same: the sets of --sequence may lie elsewhere."""
+    return set_names(a) == set_names(b) if name == "sequence" else a == b
+
+
 class Sequence(argparse.Action):
     """--sequence is a data set, of which each domain is a task."""
 

@@ -172,6 +172,17 @@ def knn(train_x, train_y, test_x, num_classes, ks=(KNN_K,), temperature=KNN_TEMP
     return votes
 
 
+def training_rows(args, process, probe, known, tasks):
+    """For each linear classifier the rows, bool [N], that it learns from: all that are known, but in a
+    sequence of data sets; and those of each domain. known: bool [N], of this rank's share of probe."""
+    parts, domains = [] if args.sequence else [known], probe.domains
+    if args.sequence or (args.scenario == "domain" and domains is not None and len(tasks.test) > 1):
+        shares = process.collect(len(known))
+        own = domains[sum(shares[: process.rank]) :][: len(known)].to(known.device)
+        parts += [known & (own == domain) for domain in range(len(tasks.test))]
+    return parts
+
+
 def accuracy_rows(args, process, extract, probe, tested, tasks, ks=(KNN_K,), task_masked=False):
     """Rows of a[k][t], the accuracy on each task, by the protocol args.eval: "" that of one classifier; where
     domains are probed linearly, "linear_per_domain" that of one for each domain, which learns from its own
@@ -188,12 +199,6 @@ def accuracy_rows(args, process, extract, probe, tested, tasks, ks=(KNN_K,), tas
     if not process.any_rank(known.any()) or not all((labels[part] >= 0).any() for part in tasks.test):
         raise UserError("no image to evaluate a task with can be read: is the disk there?")
     separate = bool(args.sequence)
-    parts = [] if separate else [known]
-    per_domain = args.scenario == "domain" and probe.domains is not None and len(tasks.test) > 1
-    if linear and (separate or per_domain):
-        shares = process.collect(len(known))
-        own = probe.domains[sum(shares[: process.rank]) :][: len(known)].to(known.device)
-        parts += [known & (own == domain) for domain in range(len(tasks.test))]
     if separate or task_masked:  # the task of each class, of what is learnt from, and of what is tested
         owner = owners(tasks, probe)
         groups = owner[y[known]], torch.where(tested[1] >= 0, owner[tested[1]], -1)
@@ -201,6 +206,7 @@ def accuracy_rows(args, process, extract, probe, tested, tasks, ks=(KNN_K,), tas
         features = lambda epoch: extract(probe, epoch) if augmented and epoch else (x, y)  # noqa: E731
         sgd, lr = (args.probe_momentum, args.seed), args.probe_lr
         lr = choose_lr(features, known, count, *sgd, process) if lr == "sweep" else lr
+        parts = training_rows(args, process, probe, known, tasks)
         found = linear_probe(features, parts, tested[0], count, lr, *sgd, PROBE_EPOCHS, process)
         if separate:  # of each image the scores by its own set's classifier
             scores = torch.stack(found)[groups[1], torch.arange(len(groups[1]), device=y.device)]

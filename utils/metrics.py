@@ -4,11 +4,11 @@ training task t, of T tasks."""
 import json
 from pathlib import Path
 
-from data import set_names
+from data import same_value
 from utils import UserError
 
 SAME = "dataset scenario num_tasks seed domain_order class_order task_sizes method backbone width stem"
-SAME = [*SAME.split(), "image_size", "epochs", "batch_size"]
+SAME = [*SAME.split(), "sequence", "image_size", "epochs", "batch_size"]
 
 SCORES = {  # what results.json holds of a matrix, and what it is called in a line of text
     "average_accuracy": "A_T",
@@ -89,8 +89,7 @@ def reference_row(folder, name, protocol, config):
     folder = Path(folder)
     try:
         alone = json.loads((folder / "config.json").read_text())["arguments"]
-        other = [x for x in SAME if alone.get(x) != config.get(x)]
-        other += ["sequence"] * (set_names(alone.get("sequence")) != set_names(config.get("sequence")))
+        other = [x for x in SAME if not same_value(x, alone.get(x), config.get(x))]
         other += ["single_tasks"] * (not alone["single_tasks"])
         results = json.loads((folder / "results.json").read_text())
         block = results[name] if name else results

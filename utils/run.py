@@ -15,7 +15,7 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from data import set_names
+from data import same_value, set_names
 from utils import LATER, UserError, checkpoint
 from utils.collapse import feature_std
 from utils.log import Log, Meter, Progress
@@ -143,10 +143,9 @@ class Run:
         protocol may still change, for instance to mend a probe that diverged."""
         old, new = LATER | self.saved["arguments"], self.arguments
         free = FREE if self.finished else FREE | PROTOCOL
-        old, new = ({**args, "sequence": set_names(args.get("sequence"))} for args in (old, new))
         first = ("dataset", "method", "regularizer")
         for name in sorted((old.keys() | new.keys()) - free, key=lambda name: (name not in first, name)):
-            if old.get(name, "?") != new.get(name, "?"):
+            if not same_value(name, old.get(name, "?"), new.get(name, "?")):
                 words = f"a run with --{name} {old.get(name, 'unknown')}, not {new.get(name, 'unknown')}"
                 words += " (None: without --cache)" if name == "cache_size" else ""
                 advice = "use the old value to resume it, or another --out_dir for a new run"
