@@ -10,7 +10,7 @@ torchvision's, with these choices:
 * Blur uses 13 taps (three standard deviations at the largest sigma), fewer in tiny images; borders reflect.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,7 +40,7 @@ class ViewConfig:
 
 @dataclass
 class ViewParams:
-    """Per-sample parameters of one view, [N] each, on the CPU; a sample without an operation holds its
+    """Per-sample parameters of one view, [N] each, drawn on the CPU; a sample without an operation holds its
     neutral value."""
 
     top: torch.Tensor | None  # crop box, pixels; None where the images are crops already
@@ -62,6 +62,15 @@ class ViewParams:
     def __getitem__(self, part):
         """The same parameters for a slice of the batch (a rank's share of the global draw)."""
         return ViewParams(**{k: v[part] if torch.is_tensor(v) else v for k, v in vars(self).items()})
+
+    def to(self, device):
+        """The same on the device, in one copy that the host does not wait for. A mask that no sample drew
+        stays on the CPU, where this is known."""
+        tensors = {k: v for k, v in vars(self).items() if torch.is_tensor(v)}
+        tensors = {k: v for k, v in tensors.items() if v.dtype != torch.bool or v.any()}
+        rows = torch.stack([v.float() for v in tensors.values()])
+        rows = (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
+        return replace(self, **{k: row.to(v.dtype) for (k, v), row in zip(tensors.items(), rows)})
 
 
 def draw(config, count, height, width, generator):
@@ -113,6 +122,7 @@ def make_view(images, params, config, mean, std):
     size]; params: ViewParams of the same N, without boxes for crops; mean, std: three floats each. Returns
     float32 [N, 3, size, size], channels_last."""
     device, size = images.device, config.size
+    params = params if device.type == "cpu" else params.to(device)
     view = torch.empty(len(images), 3, size, size, device=device, memory_format=torch.channels_last)
     chunk = min(64, max(4, CHUNK_PIXELS // size**2)) if device.type == "cpu" else max(len(images), 1)
     for start in range(0, len(images), chunk):
@@ -133,7 +143,7 @@ def normalize(x, mean, std):
 def flip_crops(images, params):
     """uint8 [N, 3, S, S] -> float [N, 3, S, S] in [0, 1], mirrored where drawn."""
     x = images.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
-    return on_samples(x, params.flip, lambda part: part.flip(3))
+    return on_samples(x, params.flip, lambda part, _: part.flip(3))
 
 
 def crop_resize(images, params, size):
@@ -150,7 +160,7 @@ def resize_weights(start, length, in_size, out_size, device, flip=None):
     """Weights [N, out_size, in_size] that cut [start, start + length) from an axis and resize it to out_size.
     PIL's antialiased bicubic (a = -0.5): the filter widens with the scale and is renormalised at the box's
     borders."""
-    start, length = (t.to(device, non_blocking=True).view(-1, 1, 1) for t in (start, length))
+    start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
     scale = length / out_size
     out = (torch.arange(out_size, device=device) + 0.5).view(1, out_size, 1)
     if flip is not None:
@@ -166,33 +176,36 @@ def resize_weights(start, length, in_size, out_size, device, flip=None):
 
 
 def distort(x, params):
-    """Colour jitter, grey, blur, solarise, in place and only on the samples that drew them. x: float [N, 3,
-    S, S] in [0, 1]."""
+    """Colour jitter, grey, blur, solarise, on the samples that drew them. x: float [N, 3, S, S] in [0, 1],
+    which may be overwritten."""
     ops = {"brightness": brightness_, "contrast": contrast_, "saturation": saturation_, "hue": hue_}
 
-    def jitter(part):
+    def jitter(part, chosen):
         for name in params.jitter_order:
-            factor = getattr(params, name)[params.jitter].to(x.device, non_blocking=True)
-            part = ops[name](part, factor.view(-1, 1, 1, 1))
+            part = ops[name](part, getattr(params, name)[chosen].view(-1, 1, 1, 1))
         return part
 
     x = on_samples(x, params.jitter, jitter)
-    x = on_samples(x, params.grey, lambda part: grey(part).expand_as(part).contiguous())
-    sigma = params.sigma[params.blur].to(x.device, non_blocking=True)
-    x = on_samples(x, params.blur, lambda part: blur(part, sigma))
-    return on_samples(x, params.solarize, lambda part: torch.where(part >= 0.5, 1 - part, part))
+    x = on_samples(x, params.grey, lambda part, _: grey(part).expand_as(part).contiguous())
+    x = on_samples(x, params.blur, lambda part, chosen: blur(part, params.sigma[chosen]))
+    return on_samples(x, params.solarize, lambda part, _: torch.where(part >= 0.5, 1 - part, part))
 
 
 def on_samples(x, mask, function):
-    """Replaces x[mask] by function(x[mask]); the mask is on the CPU, so its indices are known without asking
-    the device."""
+    """x with function(part, chosen), which may overwrite its part, in place of x[mask]."""
+    if mask.device.type != "cpu":
+        return on_all(x, mask, function)
     index = mask.nonzero()[:, 0]
     if len(index) == len(x):
-        return function(x)
+        return function(x, mask)
     if len(index):
-        index = index.to(x.device, non_blocking=True)
-        x[index] = function(x.index_select(0, index))
+        x[index] = function(x.index_select(0, index), mask)
     return x
+
+
+def on_all(x, mask, function):
+    """The same without indices, which a GPU would have to be sent."""
+    return torch.where(mask.view(-1, 1, 1, 1), function(x.clone(), slice(None)), x)
 
 
 def grey(x):

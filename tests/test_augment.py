@@ -106,6 +106,20 @@ def test_make_view_is_the_chain_of_torchvision_operations(source, size):
     assert_close(view, theirs, atol=1e-4)  # rounding errors are divided by the standard deviation, too
 
 
+def test_views_of_a_gpu(monkeypatch):
+    """There the parameters come in one copy, and each operation computes all samples and then chooses."""
+    images, config = noise(80, 24, 40), replace(BUSY, solarize_p=0.0)
+    p = augment.draw(config, 80, 24, 40, generator(14))
+    moved, there = p.to(torch.device("cpu")), p.to(torch.device("meta"))
+    assert all(torch.equal(v, getattr(moved, k)) for k, v in vars(p).items() if torch.is_tensor(v))
+    assert moved.jitter_order == p.jitter_order and moved.flip.dtype == torch.bool
+    assert there.blur.device.type == "meta" and there.solarize.device.type == "cpu"  # which no sample drew
+    view, abroad = (augment.make_view(x, p, config, *STATS) for x in (images, images.to("meta")))
+    assert abroad.device.type == "meta" and abroad.shape == view.shape
+    monkeypatch.setattr(augment, "on_samples", augment.on_all)
+    torch.testing.assert_close(augment.make_view(images, moved, config, *STATS), view, rtol=0, atol=1e-5)
+
+
 def distance(a, b):
     """Kolmogorov-Smirnov: the largest difference between the distribution functions of two samples."""
     points = torch.cat([a, b]).double()
