@@ -10,6 +10,7 @@ from conftest import BASE, TINY, arguments, fails, run
 import main_linear
 from data import check
 from data.datasets import load_dataset
+from models.learner import Learner
 
 BAD_FLAGS = """
 --dataset imagenette; --method dino; --regularizer ewc; --backbone vgg; --num_tasks 3; --epochs 0; --lr nan;
@@ -31,6 +32,20 @@ def bad(tmp_path, capsys):
 @pytest.mark.parametrize("flags", BAD_FLAGS.split(";") + ["--device cuda"] * (not torch.cuda.is_available()))
 def test_flags(bad, flags):
     bad(flags, flags.split()[0])
+
+
+@pytest.mark.parametrize("limit, words", [(9, "a step of 8 images fits"), (1, "lower --batch_size")])
+def test_a_batch_that_does_not_fit(limit, words, tmp_path, capsys, monkeypatch):
+    """The message names the largest part of it that does."""
+    forward = Learner.forward
+
+    def limited(self, view1, view2, labelled=None):
+        if len(view1) > limit:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return forward(self, view1, view2, labelled)
+
+    monkeypatch.setattr(Learner, "forward", limited)
+    fails(capsys, f"{TINY} --num_tasks 1 --out_dir {tmp_path}", "out of memory", words)
 
 
 def test_networks(tmp_path, bad, capsys):

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from utils import UserError
+from utils.memory import OUT_OF_MEMORY
 from utils.stop import end_workers
 
 TIMEOUT = timedelta(hours=12)  # rank 0 may decode a data set before the others
@@ -20,8 +21,7 @@ KILLED = "a worker process that decodes images was killed, as a system out of me
 KNOWN_ERRORS = {  # words of RuntimeErrors, and what they mean
     "DataLoader timed out": f"no images came for minutes: does the disk of --data_dir answer? {AGAIN}",
     "DataLoader worker": f"{KILLED} out of shared memory: lower --workers or --batch_size; {AGAIN}",
-    "can't allocate memory": MEMORY,
-    "CUDA out of memory": MEMORY,
+    **dict.fromkeys(OUT_OF_MEMORY, MEMORY),
     "InvalidCxxCompiler": "--compile needs a C++ compiler on a CPU: install g++, or leave --compile out",
     **dict.fromkeys(
         ("closed by peer", "reset by peer", "remote process exited"),
