@@ -3,7 +3,8 @@
     python -m benchmarks.step --backbone resnet10 --width 16 --image_size 16 --moco_queue_size 4096
     python -m benchmarks.step --image_size 32 --precision bf16 --against plain --json step.json
 
-Takes every flag of main_cssl.py that shapes a step. --against plain: also the step of benchmarks/plain.py.
+Takes every flag of main_cssl.py that shapes a step. --against plain, lightly: also the step of
+benchmarks/plain.py, and that of benchmarks/packages.py, held against fine-tuning.
 The parts are timed one after the other, waiting for the device in between; the images/s are of undisturbed
 steps, a few of each kind in turn, medians of all rounds. A spread is the middle half of the rounds, in
 percent of the median.
@@ -15,15 +16,19 @@ import json
 import statistics
 import sys
 import time
+from importlib.util import find_spec
 
 import torch
 
 import main_cssl
+from benchmarks.packages import Lightly
 from benchmarks.plain import Plain
 from data.datasets import ImageSet
 from data.scenarios import Tasks
 from utils import distributed
 from utils.optim import build_optimizer
+
+OTHERS = {"plain": Plain, "lightly": Lightly}
 
 
 def seconds(device, function):
@@ -118,12 +123,13 @@ def report(args, own, table, times):
     """Prints the parts, the steps, and how many steps of ours one of the others takes; returns the latter."""
     print(f"{'ms':24s} " + " ".join(f"{name:>9s}" for name in table))
     for part in next(iter(table.values())):
-        print(f"{part:24s} " + " ".join(f"{1e3 * found[part]:9.2f}" for found in table.values()))
+        print(f"{part:24s} " + " ".join(f"{1e3 * found.get(part, 0):9.2f}" for found in table.values()))
     for name, found in times.items():
         median, spread = middle(found)
         rate = f"{args.batch_size / median:9.0f} images/s"
         print(f"{'step, ' + name:24s} {1e3 * median:9.2f} ms   {rate}   spread {spread:.0f} %")
-    pairs = [(args.regularizer, "finetune")] + [("plain", args.regularizer)] * bool(own.against)
+    pairs = [(args.regularizer, "finetune"), ("plain", args.regularizer), ("lightly", "finetune")]
+    pairs = [pair for pair in pairs if pair[0] in times]
     ratios = {f"{a} / {b}": middle([x / y for x, y in zip(times[a], times[b])]) for a, b in pairs}
     for name, (ratio, spread) in ratios.items():
         print(f"{name:24s} {ratio:9.2f}      spread {spread:.0f} %")
@@ -132,13 +138,15 @@ def report(args, own, table, times):
 
 def main(flags):
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--against", choices=("plain",))
+    parser.add_argument("--against", nargs="+", choices=OTHERS, default=[])
     parser.add_argument("--json")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=4)  # of a round
     own, flags = parser.parse_known_args(flags)
     if own.against and {"--method", "--regularizer"} & set(flags):
-        parser.error("--against plain: for MoCo and PNR, the default")
+        parser.error("--against: for MoCo and PNR, the default")
+    if "lightly" in own.against and find_spec("lightly") is None:
+        parser.error("--against lightly: it is not installed: pip install lightly")
     process = distributed.start("auto")
     args = main_cssl.parse_arguments(flags)
     torch.set_float32_matmul_precision(main_cssl.PRECISIONS[args.loss_precision])
@@ -150,16 +158,14 @@ def main(flags):
     baseline = copy.copy(args)
     baseline.regularizer = "finetune"
     trials = {args.regularizer: Trial(args, process, images), "finetune": Trial(baseline, process, images)}
-    if own.against:
-        trials["plain"] = Plain(args, process.device, pixels)
+    trials |= {name: OTHERS[name](args, process.device, pixels) for name in own.against}
     cuda = process.device.type == "cuda"
     where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     setting = f"{args.method} + {args.regularizer}, {args.backbone} width {args.width}, {args.image_size} px"
     setting += f", batch {args.batch_size}, {args.precision}, losses {args.loss_precision}, "
     setting += f"{'compiled, ' * args.compile}{where}, torch {torch.__version__}"
     print(setting)
-    shown = (args.regularizer, *[own.against] * bool(own.against))
-    table = {name: median_parts(trials[name], own.rounds) for name in shown}
+    table = {name: median_parts(trials[name], own.rounds) for name in (args.regularizer, *own.against)}
     times = step_times(trials, own.rounds, own.steps)
     ratios = report(args, own, table, times)
     if own.json:
