@@ -149,7 +149,7 @@ def main(args, stop):
         torch.set_float32_matmul_precision(PRECISIONS[args.loss_precision])
         for epoch in range(run.epoch, epochs):
             batches = zip(loader.epoch(epoch, run.step), labelled(epoch, run.step))
-            with memory.told(learner, args, process):
+            with memory.explained(learner, args, process):
                 train_one_epoch(args, run, model, learner, optimizer, scaler, epoch, batches)
         torch.set_float32_matmul_precision("highest")  # of what is evaluated
         if run.finished == task:  # otherwise the run was interrupted after this evaluation

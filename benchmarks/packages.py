@@ -1,6 +1,7 @@
-"""A training step of MoCo with lightly's parts (pip install lightly), as its CIFAR benchmark puts them
-together: symmetric, one memory bank, views by PIL in DataLoader workers, fp16 with a gradient scaler on CUDA,
-else fp32. It has no regularisers: to be held against fine-tuning."""
+"""A training step of MoCo with lightly's parts (pip install lightly): its views, head, loss with a memory
+bank and EMA, around this project's backbone with this project's settings; symmetric, views by PIL in
+DataLoader workers, fp16 with a gradient scaler on CUDA, else fp32. lightly has no regularisers: to be held
+against fine-tuning."""
 
 import copy
 from itertools import repeat

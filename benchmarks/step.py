@@ -29,6 +29,7 @@ from utils import distributed
 from utils.optim import build_optimizer
 
 OTHERS = {"plain": Plain, "lightly": Lightly}
+REFILL = 3  # seconds
 
 
 def seconds(device, function):
@@ -110,17 +111,20 @@ def middle(values):
 
 
 def step_times(trials, rounds, steps):
-    """{name: seconds of a step in each round}, of trials by name, some steps of each in turn."""
+    """{name: seconds of a step in each round}, of trials by name, some steps of each in turn. After those of
+    others their workers fill their queues, out of which the first steps of the next turn have their views for
+    nothing."""
     times = {name: [] for name in trials}
     for _ in range(rounds + 1):
         for name, trial in trials.items():
             spent, _ = seconds(trial.device, lambda trial=trial: [trial.step() for _ in range(steps)])
             times[name].append(spent / steps)
+            time.sleep(REFILL if name in OTHERS else 0)
     return {name: found[1:] for name, found in times.items()}
 
 
-def report(args, own, table, times):
-    """Prints the parts, the steps, and how many steps of ours one of the others takes; returns the latter."""
+def report(args, table, times):
+    """Prints the parts, the steps, and ratios of steps; returns the latter."""
     print(f"{'ms':24s} " + " ".join(f"{name:>9s}" for name in table))
     for part in next(iter(table.values())):
         print(f"{part:24s} " + " ".join(f"{1e3 * found.get(part, 0):9.2f}" for found in table.values()))
@@ -129,7 +133,7 @@ def report(args, own, table, times):
         rate = f"{args.batch_size / median:9.0f} images/s"
         print(f"{'step, ' + name:24s} {1e3 * median:9.2f} ms   {rate}   spread {spread:.0f} %")
     pairs = [(args.regularizer, "finetune"), ("plain", args.regularizer), ("lightly", "finetune")]
-    pairs = [pair for pair in pairs if pair[0] in times]
+    pairs = [(a, b) for a, b in pairs if a in times and a != b]
     ratios = {f"{a} / {b}": middle([x / y for x, y in zip(times[a], times[b])]) for a, b in pairs}
     for name, (ratio, spread) in ratios.items():
         print(f"{name:24s} {ratio:9.2f}      spread {spread:.0f} %")
@@ -143,12 +147,14 @@ def main(flags):
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=4)  # of a round
     own, flags = parser.parse_known_args(flags)
-    if own.against and {"--method", "--regularizer"} & set(flags):
-        parser.error("--against: for MoCo and PNR, the default")
+    if own.rounds < 2:
+        parser.error("--rounds: at least 2")
     if "lightly" in own.against and find_spec("lightly") is None:
         parser.error("--against lightly: it is not installed: pip install lightly")
     process = distributed.start("auto")
     args = main_cssl.parse_arguments(flags)
+    if own.against and (args.method, args.regularizer) != ("moco", "pnr"):
+        parser.error("--against: with --method moco --regularizer pnr, the default")
     torch.set_float32_matmul_precision(main_cssl.PRECISIONS[args.loss_precision])
     shape = (4 * args.batch_size, 3, *[args.image_size or 32] * 2)
     pixels, labels = torch.randint(0, 256, shape, dtype=torch.uint8), torch.zeros(shape[0], dtype=torch.int64)
@@ -165,9 +171,10 @@ def main(flags):
     setting += f", batch {args.batch_size}, {args.precision}, losses {args.loss_precision}, "
     setting += f"{'compiled, ' * args.compile}{where}, torch {torch.__version__}"
     print(setting)
-    table = {name: median_parts(trials[name], own.rounds) for name in (args.regularizer, *own.against)}
+    shown = (args.regularizer, *["finetune"] * ("lightly" in own.against), *own.against)
+    table = {name: median_parts(trials[name], own.rounds) for name in shown}
     times = step_times(trials, own.rounds, own.steps)
-    ratios = report(args, own, table, times)
+    ratios = report(args, table, times)
     if own.json:
         with open(own.json, "w") as file:
             json.dump({"setting": setting, "parts": table, "steps": times, "ratios": ratios}, file, indent=1)

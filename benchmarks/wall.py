@@ -3,14 +3,15 @@
     python -m benchmarks.wall docs/wall.png "quickstart: OUT=/tmp/q bash run_quickstart.sh"
 
 The commands run one after the other, with a PYTHON of their own that notes what its main_cssl.py does when;
-one that runs main_cssl.py by itself calls it "$PYTHON" main_cssl.py. Run folders have to be new ones. What no
-part accounts for is the interpreter's and the shell's.
+one that runs main_cssl.py by itself calls it "$PYTHON" main_cssl.py. They run one process at a time, in run
+folders that are new. What no part accounts for, the shell's share too, is start-up.
 """
 
 import importlib
 import json
 import os
 import runpy
+import shlex
 import stat
 import subprocess
 import sys
@@ -58,7 +59,10 @@ class Clock:
 
 
 def inside(words):
-    """A program of the project as `python words` runs it, with its parts timed. Appends them to $WALL."""
+    """Main program or module of the project as `python words` runs it, its parts timed and appended to $WALL;
+    others as they are."""
+    if words[0] != "-m" and Path(words[0]).name != "main_cssl.py":
+        os.execv(sys.executable, [sys.executable, *words])
     clock, sys.argv = Clock(), words[1:] if words[0] == "-m" else words
     try:
         if words[0] == "-m":
@@ -83,13 +87,15 @@ def inside(words):
 def measure(command, folder):
     """{part: seconds} of a bash command."""
     python, notes = Path(folder) / "python", Path(folder) / "notes"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} -m benchmarks.wall --inside "$@"\n')
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m benchmarks.wall --inside "$@"\n')
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
     notes.write_text("")
     root = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, "PYTHON": str(python), "WALL": str(notes), "PYTHONPATH": root}
     start = time.perf_counter()
-    subprocess.run(["bash", "-c", command], cwd=root, env=environment, check=True)
+    status = subprocess.run(["bash", "-c", command], cwd=root, env=environment).returncode
+    if status:
+        sys.exit(f"benchmarks.wall: status {status} of {command}")
     total, spent = time.perf_counter() - start, Counter()
     for line in notes.read_text().splitlines():
         spent.update(json.loads(line))
@@ -97,17 +103,19 @@ def measure(command, folder):
     return {part: spent[part] for part in PARTS}
 
 
-def main(picture, *jobs):
+def main(picture="", *jobs):
+    if not jobs or not all(": " in job for job in jobs) or not Path(picture).resolve().parent.is_dir():
+        sys.exit(
+            'python -m benchmarks.wall PICTURE "LABEL: COMMAND" ...; the folder of PICTURE has to be there'
+        )
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        for job in jobs:
-            label, _, command = job.partition(":")
-            found[label] = measure(command, folder)
-    for label, spent in found.items():
-        total = sum(spent.values())
-        parts = ", ".join(f"{part} {s:.1f} s ({100 * s / total:.0f} %)" for part, s in spent.items())
-        print(f"{label}: {total:.1f} s: {parts}")
-    draw(found).savefig(picture)
+        for label, _, command in (job.partition(": ") for job in jobs):
+            found[label] = spent = measure(command, folder)
+            total = sum(spent.values())
+            parts = ", ".join(f"{part} {s:.1f} s ({100 * s / total:.0f} %)" for part, s in spent.items())
+            print(f"{label}: {total:.1f} s: {parts}", flush=True)
+            draw(found).savefig(picture)
 
 
 def draw(found):

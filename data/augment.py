@@ -40,8 +40,8 @@ class ViewConfig:
 
 @dataclass
 class ViewParams:
-    """Per-sample parameters of one view, [N] each, drawn on the CPU; a sample without an operation holds its
-    neutral value."""
+    """Per-sample parameters of one view, [N] each, drawn on the CPU and then moved; a sample without an
+    operation holds its neutral value."""
 
     top: torch.Tensor | None  # crop box, pixels; None where the images are crops already
     left: torch.Tensor
@@ -192,7 +192,8 @@ def distort(x, params):
 
 
 def on_samples(x, mask, function):
-    """x with function(part, chosen), which may overwrite its part, in place of x[mask]."""
+    """x with function(part, chosen) in place of x[mask]. The function may overwrite its part; chosen: which
+    samples these are, as an index."""
     if mask.device.type != "cpu":
         return on_all(x, mask, function)
     index = mask.nonzero()[:, 0]

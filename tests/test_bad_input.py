@@ -34,7 +34,7 @@ def test_flags(bad, flags):
     bad(flags, flags.split()[0])
 
 
-@pytest.mark.parametrize("limit, words", [(9, "a step of 8 images fits"), (1, "lower --batch_size")])
+@pytest.mark.parametrize("limit, words", [(9, "pass of 8 images fit"), (1, "lower --batch_size")])
 def test_a_batch_that_does_not_fit(limit, words, tmp_path, capsys, monkeypatch):
     """The message names the largest part of it that does."""
     forward = Learner.forward
@@ -45,7 +45,8 @@ def test_a_batch_that_does_not_fit(limit, words, tmp_path, capsys, monkeypatch):
         return forward(self, view1, view2, labelled)
 
     monkeypatch.setattr(Learner, "forward", limited)
-    fails(capsys, f"{TINY} --num_tasks 1 --out_dir {tmp_path}", "out of memory", words)
+    flags = f"{TINY} --num_tasks 1 --online_probe released --out_dir {tmp_path}"
+    fails(capsys, flags, "out of memory", words)
 
 
 def test_networks(tmp_path, bad, capsys):
