@@ -59,9 +59,14 @@ def test_tables(runs, tmp_path, capsys):
     assert [each.setting["epochs"] for each in groups] == [2, 500]
     grid = groups[0].grid
     assert [*grid] == [("MoCo v2+", name) for name in ("CaSSLe, lr 0.6", "CaSSLe, lr 0.3", "PNR", "joint")]
-    ((words, (_, *rows)),) = groups[0].tables
+    (words, (_, *rows)), (each, (head, *lines)) = groups[0].tables
     spread, forgotten = f"55.00 ± {statistics.stdev([50, 60]):.2f}", f"5.00 ± {statistics.stdev([10, 0]):.2f}"
     assert words == WORDS and rows[2] == ["MoCo v2+", "PNR", spread, forgotten, "", "", "2", ""]
+    fifty = f"50.00 ± 0.00 → 45.00 ± {statistics.stdev([40, 50]):.2f}"
+    assert (
+        each.endswith(WORDS) and head[2:] == ["task 0", "task 1"] and len(lines) == 3
+    )  # none of the joint run
+    assert lines[2] == ["MoCo v2+", "PNR", fifty, f"65.00 ± {statistics.stdev([60, 70]):.2f}"]
     assert compare.costs(grid)[1] == ["MoCo v2+", "CaSSLe, lr 0.6", "5", "900", "3", ""]
     texts = [(tmp_path / "out" / name).read_text() for name in ("index.html", "tables.md", "tables.tex")]
     assert spread in out and spread in texts[0] and spread in texts[1] and r"55.00 $\pm$ 7.07" in texts[2]
@@ -116,7 +121,7 @@ def test_only_like_is_compared_with_like(tmp_path, capsys):
     call(*runs, "--text")
     said = capsys.readouterr()
     (group,) = compare.group([compare.read(run) for run in runs])
-    assert [len(table) - 1 for _, table in group.tables] == [3, 1]
+    assert [len(table) - 1 for _, table in group.tables] == [3, 3, 1]
     assert "lr 0.6, " in compare.group([compare.read(runs[0])])[0].tables[0][0]
     assert "lr of each method" in said.out and "transfer True; dataset svhn" in said.out
     assert "init_from imagenet.pt" in said.out and "precision fp16" in said.out and "2.00" in said.out

@@ -219,7 +219,25 @@ def tables(setting, grid):
         shown.append(
             (exact(caption, [block for pairs in rows.values() for _, block in pairs]), [header, *body])
         )
+        matrices = {key: [b["matrix"] for _, b in pairs if "matrix" in b] for key, pairs in rows.items()}
+        if tasks := max((len(m[0]) for found in matrices.values() for m in found), default=1) - 1:
+            names = set_names(next(iter(next(iter(grid.values())))).args.get("sequence"))
+            words = "Accuracy (%) on each task: after training on it → after the last task. " + shown[-1][0]
+            shown.append((words, each_task(matrices, names or [f"task {k}" for k in range(tasks + 1)])))
     return shown
+
+
+def each_task(matrices, names):
+    """Rows of cells, the header first: what was reached on each task, and what is left of it at the end. Of
+    joint runs only the latter, where they were tested on each task. names: of the tasks."""
+    last, body = len(names) - 1, []
+    for key, found in matrices.items():
+        found = [matrix for matrix in found if len(matrix[0]) == len(names)]
+        pairs = (
+            ([m[k][k] for m in found if k < len(m) - 1], [m[-1][k] for m in found]) for k in range(last + 1)
+        )
+        body.append([*key, *(" → ".join(filter(None, map(spread, pair))) for pair in pairs)])
+    return [["method", "regulariser", *names], *(row for row in body if any(row[2:]))]
 
 
 def exact(caption, blocks):
@@ -269,7 +287,11 @@ def figures(grid):
         means = {name: plots.mean_matrix(seeds[name]) for name in cells}
         names = set_names(next(iter(runs.values())).args.get("sequence"))
         found.append((f"Accuracy matrices, mean over seeds. {caption}", plots.plot_matrices(means, names)))
-        found.append((f"Accuracy on each task. {caption}", plots.plot_tasks(seeds, names)))
+        methods = {method: {} for method, _ in grid}
+        for method, label in grid:
+            if (name := f"{method}, {label}") in seeds:
+                methods[method][label] = seeds[name]
+        found.append((f"Accuracy on each task. {caption}", plots.plot_tasks(methods, names)))
         seen = {name: [statistics.mean(row[: t + 1]) for t, row in enumerate(m)] for name, m in means.items()}
         curves = {name: (range(len(row)), row) for name, row in seen.items()}
         labels = "after training task", "mean accuracy on the tasks so far (%)"

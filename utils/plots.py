@@ -78,30 +78,36 @@ def plot_curves(curves, x_label, y_label):
 
 
 def plot_tasks(matrices, names=None):
-    """Accuracy on each task while later ones are trained. matrices: {name: those of its seeds}, of which mean
-    and standard deviation are shown; a dashed line is the mean of what was trained jointly, and tested on
-    each task. names: of the tasks, where they have any."""
-    tasks = max(len(runs[0]) for runs in matrices.values())
+    """Accuracy on each task while later ones are trained. matrices: {method: {label: those of its seeds}}, of
+    which mean and standard deviation are shown; a dashed line is the mean of what was trained jointly, and
+    tested on each task. names: of the tasks, where they have any."""
+    tasks = max(len(runs[0][0]) for found in matrices.values() for runs in found.values())
+    labels, lines = dict.fromkeys(label for found in matrices.values() for label in found), {}
+    colors = {label: f"C{place}" for place, label in enumerate(labels)}
     columns = min(5, tasks)
     rows = math.ceil(tasks / columns)
-    figure = Figure(figsize=(1 + 3 * columns, 0.8 + 2.6 * rows), dpi=110, layout="constrained")
-    every = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes in every[tasks:]:
-        axes.set_axis_off()
-    for number, axes in enumerate(every[:tasks]):
-        for place, (name, runs) in enumerate(matrices.items()):
-            values = [[row[number] for row in run] for run in runs if len(run[0]) == tasks]
-            mean = [statistics.mean(cell) for cell in zip(*values)]
-            deviation = [statistics.stdev(cell) for cell in zip(*values)] if len(values) > 1 else None
-            if len(mean) == tasks:
-                style = {"fmt": "o-", "markersize": 3, "capsize": 3}
-                axes.errorbar(range(tasks), mean, deviation, color=f"C{place}", label=name, **style)
-            elif mean:
-                axes.axhline(mean[0], linestyle="--", color=f"C{place}", label=name)
-        title = names[number] if names else f"task {number}"
-        axes.set(title=title, xlabel="after training task", ylabel="accuracy (%)")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*every[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
+    figure = Figure(
+        figsize=(1 + 3 * columns, 0.8 + 2.3 * rows * len(matrices)), dpi=110, layout="constrained"
+    )
+    panels = figure.subplots(rows * len(matrices), columns, squeeze=False).reshape(len(matrices), -1)
+    for (method, found), own in zip(matrices.items(), panels):
+        for axes in own[tasks:]:
+            axes.set_axis_off()
+        for number, axes in enumerate(own[:tasks]):
+            for label, runs in found.items():
+                values = [[row[number] for row in run] for run in runs if len(run[0]) == tasks]
+                mean = [statistics.mean(cell) for cell in zip(*values)]
+                deviation = [statistics.stdev(cell) for cell in zip(*values)] if len(values) > 1 else None
+                style = {"color": colors[label], "label": label}
+                if len(mean) == tasks:
+                    more = {"fmt": "o-", "markersize": 3, "capsize": 3}
+                    lines[label] = axes.errorbar(range(tasks), mean, deviation, **more, **style)
+                elif mean:
+                    lines[label] = axes.axhline(mean[0], linestyle="--", **style)
+            axes.set_title(f"{method}: {names[number] if names else f'task {number}'}", fontsize=10)
+            axes.set(xlabel="after training task", ylabel="accuracy (%)")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 

@@ -53,6 +53,8 @@ def as_text(groups):
         for words, table in each.tables:
             columns = [column for column in zip(*(line[2:] for line in table)) if any(column[1:])]
             widths = [max(map(len, column)) for column in columns]
+            if sum(widths) + 2 * len(widths) > 88:  # many tasks: on the page only
+                continue
             width = max(12, min(40, 100 - sum(widths) - 2 * len(widths)))
             out += textwrap.wrap(words, 100)
             for line, values in zip(table, zip(*columns)):
@@ -75,7 +77,7 @@ def as_markdown(groups):
 
 def as_latex(groups):
     """A table environment for each, to be used with booktabs."""
-    escape = str.maketrans({c: f"\\{c}" for c in "%_#"} | {"±": r"$\pm$"})
+    escape = str.maketrans({c: f"\\{c}" for c in "%_#"} | {"±": r"$\pm$", "→": r"$\to$"})
     out = []
     for each in groups:
         for words, table in each.tables:
