@@ -233,10 +233,9 @@ def each_task(matrices, names):
     last, body = len(names) - 1, []
     for key, found in matrices.items():
         found = [matrix for matrix in found if len(matrix[0]) == len(names)]
-        pairs = (
-            ([m[k][k] for m in found if k < len(m) - 1], [m[-1][k] for m in found]) for k in range(last + 1)
-        )
-        body.append([*key, *(" → ".join(filter(None, map(spread, pair))) for pair in pairs)])
+        own = ([m[k][k] for m in found if k < len(m) - 1] for k in range(last + 1))
+        end = ([m[-1][k] for m in found] for k in range(last + 1))
+        body.append([*key, *(" → ".join(filter(None, map(spread, pair))) for pair in zip(own, end))])
     return [["method", "regulariser", *names], *(row for row in body if any(row[2:]))]
 
 
@@ -287,10 +286,10 @@ def figures(grid):
         means = {name: plots.mean_matrix(seeds[name]) for name in cells}
         names = set_names(next(iter(runs.values())).args.get("sequence"))
         found.append((f"Accuracy matrices, mean over seeds. {caption}", plots.plot_matrices(means, names)))
-        methods = {method: {} for method, _ in grid}
+        methods = {}
         for method, label in grid:
             if (name := f"{method}, {label}") in seeds:
-                methods[method][label] = seeds[name]
+                methods.setdefault(method, {})[label] = seeds[name]
         found.append((f"Accuracy on each task. {caption}", plots.plot_tasks(methods, names)))
         seen = {name: [statistics.mean(row[: t + 1]) for t, row in enumerate(m)] for name, m in means.items()}
         curves = {name: (range(len(row)), row) for name, row in seen.items()}

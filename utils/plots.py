@@ -86,9 +86,8 @@ def plot_tasks(matrices, names=None):
     colors = {label: f"C{place}" for place, label in enumerate(labels)}
     columns = min(5, tasks)
     rows = math.ceil(tasks / columns)
-    figure = Figure(
-        figsize=(1 + 3 * columns, 0.8 + 2.3 * rows * len(matrices)), dpi=110, layout="constrained"
-    )
+    size = 1 + 3 * columns, 0.8 + 2.3 * rows * len(matrices)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
     panels = figure.subplots(rows * len(matrices), columns, squeeze=False).reshape(len(matrices), -1)
     for (method, found), own in zip(matrices.items(), panels):
         for axes in own[tasks:]:
@@ -100,8 +99,8 @@ def plot_tasks(matrices, names=None):
                 deviation = [statistics.stdev(cell) for cell in zip(*values)] if len(values) > 1 else None
                 style = {"color": colors[label], "label": label}
                 if len(mean) == tasks:
-                    more = {"fmt": "o-", "markersize": 3, "capsize": 3}
-                    lines[label] = axes.errorbar(range(tasks), mean, deviation, **more, **style)
+                    style |= {"fmt": "o-", "markersize": 3, "capsize": 3}
+                    lines[label] = axes.errorbar(range(tasks), mean, deviation, **style)
                 elif mean:
                     lines[label] = axes.axhline(mean[0], linestyle="--", **style)
             axes.set_title(f"{method}: {names[number] if names else f'task {number}'}", fontsize=10)
