@@ -88,8 +88,8 @@ def plot_tasks(matrices, names=None):
     rows = math.ceil(tasks / columns)
     size = 1 + 3 * columns, 0.8 + 2.3 * rows * len(matrices)
     figure = Figure(figsize=size, dpi=110, layout="constrained")
-    panels = figure.subplots(rows * len(matrices), columns, squeeze=False).reshape(len(matrices), -1)
-    for (method, found), own in zip(matrices.items(), panels):
+    panels = figure.subplots(len(matrices) * rows, columns, squeeze=False, sharey=rows == 1 and "col")
+    for (method, found), own in zip(matrices.items(), panels.reshape(len(matrices), -1)):
         for axes in own[tasks:]:
             axes.set_axis_off()
         for number, axes in enumerate(own[:tasks]):
@@ -104,8 +104,8 @@ def plot_tasks(matrices, names=None):
                 elif mean:
                     lines[label] = axes.axhline(mean[0], linestyle="--", **style)
             axes.set_title(f"{method}: {names[number] if names else f'task {number}'}", fontsize=10)
-            axes.set(xlabel="after training task", ylabel="accuracy (%)")
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.set(xlabel="after training", ylabel="accuracy (%)")
+            axes.set_xticks(range(tasks), names or [f"task {t}" if tasks < 6 else t for t in range(tasks)])
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
