@@ -2,6 +2,7 @@
 
 import torch.nn.functional as F
 
+from losses.barlow import product_norm
 from losses.base import Method, over_views
 from models.heads import deep_mlp
 
@@ -14,8 +15,8 @@ def variance_loss(z):
 def covariance_loss(z):
     """sum of the squared off-diagonal entries of the unbiased covariance, over D. z: [N, D]."""
     z = z - z.mean(dim=0)
-    covariance = z.T @ z / (len(z) - 1)  # D x D
-    return (covariance.square().sum() - covariance.diagonal().square().sum()) / z.shape[1]
+    diagonal = z.square().sum(dim=0)
+    return (product_norm(z, z) - diagonal.square().sum()) / (len(z) - 1) ** 2 / z.shape[1]
 
 
 class VICReg(Method):
