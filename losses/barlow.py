@@ -6,18 +6,16 @@ from losses.base import Method, over_views
 from models.heads import deep_mlp
 
 
-def product_norm(a, b):
-    """|a^T b|^2, the sum of the squared entries; a, b: [N, D]. It is the sum of a a^T times b b^T, too: N x N
-    in place of D x D, where that is less."""
-    return ((a @ a.T) * (b @ b.T)).sum() if len(a) < a.shape[1] else (a.T @ b).square().sum()
-
-
 def barlow_loss(a, b, lambda_off, scale):
     """scale [sum_i (C_ii - 1)^2 + lambda_off sum_{i != j} C_ij^2], C the cross-correlation of a and b, [N, D]
     each."""
     a, b = (F.batch_norm(x, None, None, training=True, eps=1e-5) for x in (a, b))
-    diagonal = (a * b).mean(dim=0)
-    off_diagonal = product_norm(a, b) / len(a) ** 2 - diagonal.square().sum()
+    if 2 * len(a) <= a.shape[1]:  # the sum of all C_ij^2 is also that of a a^T * b b^T: N x N for D x D
+        diagonal, squares = (a * b).mean(dim=0), ((a @ a.T) * (b @ b.T)).sum() / len(a) ** 2
+    else:
+        correlation = a.T @ b / len(a)
+        diagonal, squares = correlation.diagonal(), correlation.square().sum()
+    off_diagonal = squares - diagonal.square().sum()
     return scale * ((diagonal - 1).square().sum() + lambda_off * off_diagonal)
 
 

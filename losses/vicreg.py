@@ -2,7 +2,6 @@
 
 import torch.nn.functional as F
 
-from losses.barlow import product_norm
 from losses.base import Method, over_views
 from models.heads import deep_mlp
 
@@ -15,8 +14,12 @@ def variance_loss(z):
 def covariance_loss(z):
     """sum of the squared off-diagonal entries of the unbiased covariance, over D. z: [N, D]."""
     z = z - z.mean(dim=0)
-    diagonal = z.square().sum(dim=0)
-    return (product_norm(z, z) - diagonal.square().sum()) / (len(z) - 1) ** 2 / z.shape[1]
+    if len(z) < z.shape[1]:  # the sum of all squared entries is also that of z z^T: N x N for D x D
+        product, variance = z @ z.T, z.square().sum(dim=0)
+    else:
+        product = z.T @ z
+        variance = product.diagonal()
+    return (product.square().sum() - variance.square().sum()) / (len(z) - 1) ** 2 / z.shape[1]
 
 
 class VICReg(Method):

@@ -65,6 +65,7 @@ def test_tables(runs, tmp_path, capsys):
     fifty = f"50.00 ± 0.00 → 45.00 ± {statistics.stdev([40, 50]):.2f}"
     assert each.endswith(WORDS) and head[2:] == ["task 0", "task 1"]
     assert len(lines) == 3  # none of the joint run, which was not tested on each task
+    assert [len(axes.containers) for axes in panels(grid)] == [3, 3]
     assert lines[2] == ["MoCo v2+", "PNR", fifty, f"65.00 ± {statistics.stdev([60, 70]):.2f}"]
     assert compare.costs(grid)[1] == ["MoCo v2+", "CaSSLe, lr 0.6", "5", "900", "3", ""]
     texts = [(tmp_path / "out" / name).read_text() for name in ("index.html", "tables.md", "tables.tex")]
@@ -78,6 +79,35 @@ def test_tables(runs, tmp_path, capsys):
         "60.0",
         "80.0",
     }
+
+
+def panels(grid):
+    """Of the figure of the accuracy on each task."""
+    return dict((title.split(".")[0], figure) for title, figure in compare.figures(grid))[
+        "Accuracy on each task"
+    ].axes
+
+
+def test_each_task(tmp_path, capsys):
+    """A row of panels for each method that was tested on each task; nothing is lost of a task where every
+    network is trained on one alone; a table too wide for a terminal is told."""
+    row = [10.0, 20.0, 30.0, 40.0, 50.0]
+    runs = [
+        make(tmp_path / f"{m}{s}", [row] * 5, num_tasks=5, method=m, seed=s)
+        for m in ("moco", "byol")
+        for s in (5, 6)
+    ]
+    runs.append(make(tmp_path / "joint", [[30.0]], method="simclr", regularizer="finetune", num_tasks=1))
+    alone = {"num_tasks": 5, "regularizer": "finetune", "single_tasks": True}
+    runs.append(make(tmp_path / "alone", [row] * 5, **alone))
+    (group,) = compare.group([compare.read(run) for run in runs])
+    (_, scores), (_, (_, *lines)) = group.tables
+    assert len(scores) == 5 and [line[:2] for line in lines] == [["MoCo v2+", "PNR"], ["BYOL", "PNR"]]
+    assert lines[0][2] == "10.00 ± 0.00 → 10.00 ± 0.00" and lines[0][-1] == "50.00 ± 0.00"
+    assert [axes.get_title() for axes in panels(group.grid)[::5]] == ["MoCo v2+: task 0", "BYOL: task 0"]
+    call(*runs, "--text")
+    out = capsys.readouterr().out
+    assert "too wide" in out and max(map(len, out.splitlines())) <= 100
 
 
 def test_where_a_run_began(tmp_path):

@@ -219,24 +219,27 @@ def tables(setting, grid):
         shown.append(
             (exact(caption, [block for pairs in rows.values() for _, block in pairs]), [header, *body])
         )
-        matrices = {key: [b["matrix"] for _, b in pairs if "matrix" in b] for key, pairs in rows.items()}
-        if tasks := max((len(m[0]) for found in matrices.values() for m in found), default=1) - 1:
-            names = set_names(next(iter(next(iter(grid.values())))).args.get("sequence"))
+        if table := each_task(rows, grid):
             words = "Accuracy (%) on each task: after training on it → after the last task. " + shown[-1][0]
-            shown.append((words, each_task(matrices, names or [f"task {k}" for k in range(tasks + 1)])))
+            shown.append((words, table))
     return shown
 
 
-def each_task(matrices, names):
-    """Rows of cells, the header first: what was reached on each task, and what is left of it at the end. Of
-    joint runs only the latter, where they were tested on each task. names: of the tasks."""
-    last, body = len(names) - 1, []
-    for key, found in matrices.items():
-        found = [matrix for matrix in found if len(matrix[0]) == len(names)]
-        own = ([m[k][k] for m in found if k < len(m) - 1] for k in range(last + 1))
-        end = ([m[-1][k] for m in found] for k in range(last + 1))
-        body.append([*key, *(" → ".join(filter(None, map(spread, pair))) for pair in zip(own, end))])
-    return [["method", "regulariser", *names], *(row for row in body if any(row[2:]))]
+def each_task(rows, grid):
+    """Rows of cells, the header first: what was reached on each task, and what is left of it at the end; of
+    joint runs only the latter, where they were tested on each task. None for one task. rows: (seed, block) of
+    each key of grid."""
+    found = {key: [b["matrix"] for _, b in pairs if "matrix" in b] for key, pairs in rows.items()}
+    tasks, body = max((len(m[0]) for matrices in found.values() for m in matrices), default=1), []
+    for key, matrices in found.items():
+        matrices = [m for m in matrices if len(m[0]) == tasks]
+        if tasks > 1 and matrices and kind_of(grid[key][0].args) != "single tasks":
+            own = ([m[k][k] for m in matrices if k < len(m) - 1] for k in range(tasks))
+            end = ([m[-1][k] for m in matrices] for k in range(tasks))
+            body.append([*key, *(" → ".join(filter(None, map(spread, pair))) for pair in zip(own, end))])
+    names = set_names(next(iter(grid.values()))[0].args.get("sequence"))
+    header = ["method", "regulariser", *(names or [f"task {k}" for k in range(tasks)])]
+    return [header, *body] if body else None
 
 
 def exact(caption, blocks):
@@ -286,10 +289,10 @@ def figures(grid):
         means = {name: plots.mean_matrix(seeds[name]) for name in cells}
         names = set_names(next(iter(runs.values())).args.get("sequence"))
         found.append((f"Accuracy matrices, mean over seeds. {caption}", plots.plot_matrices(means, names)))
-        methods = {}
-        for method, label in grid:
-            if (name := f"{method}, {label}") in seeds:
-                methods.setdefault(method, {})[label] = seeds[name]
+        methods, tasks = {}, max(len(matrix[0]) for matrix in means.values())
+        for method, label in grid:  # a joint run may have been tested on all tasks as one
+            if tasks in (len(matrix[0]) for matrix in seeds.get(f"{method}, {label}", ())):
+                methods.setdefault(method, {})[label] = seeds[f"{method}, {label}"]
         found.append((f"Accuracy on each task. {caption}", plots.plot_tasks(methods, names)))
         seen = {name: [statistics.mean(row[: t + 1]) for t, row in enumerate(m)] for name, m in means.items()}
         curves = {name: (range(len(row)), row) for name, row in seen.items()}

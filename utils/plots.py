@@ -88,7 +88,8 @@ def plot_tasks(matrices, names=None):
     rows = math.ceil(tasks / columns)
     size = 1 + 3 * columns, 0.8 + 2.3 * rows * len(matrices)
     figure = Figure(figsize=size, dpi=110, layout="constrained")
-    panels = figure.subplots(len(matrices) * rows, columns, squeeze=False, sharey=rows == 1 and "col")
+    shared = "col" if rows == 1 else False  # a column is a task
+    panels = figure.subplots(len(matrices) * rows, columns, squeeze=False, sharey=shared)
     for (method, found), own in zip(matrices.items(), panels.reshape(len(matrices), -1)):
         for axes in own[tasks:]:
             axes.set_axis_off()
@@ -104,9 +105,12 @@ def plot_tasks(matrices, names=None):
                 elif mean:
                     lines[label] = axes.axhline(mean[0], linestyle="--", **style)
             axes.set_title(f"{method}: {names[number] if names else f'task {number}'}", fontsize=10)
-            axes.set(xlabel="after training", ylabel="accuracy (%)")
-            axes.set_xticks(range(tasks), names or [f"task {t}" if tasks < 6 else t for t in range(tasks)])
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, fontsize=8)
+            axes.set(xlabel="after training task", ylabel="accuracy (%)")
+            axes.set_xticks(range(tasks), names or range(tasks))
+            if names and tasks > 3:
+                axes.tick_params("x", rotation=30)
+    shown = [textwrap.fill(label, 30) for label in lines]
+    figure.legend(lines.values(), shown, loc="outside lower center", ncols=min(4, columns + 1), fontsize=8)
     return figure
 
 

@@ -53,10 +53,11 @@ def as_text(groups):
         for words, table in each.tables:
             columns = [column for column in zip(*(line[2:] for line in table)) if any(column[1:])]
             widths = [max(map(len, column)) for column in columns]
-            if sum(widths) + 2 * len(widths) > 88:  # many tasks: on the page only
-                continue
-            width = max(12, min(40, 100 - sum(widths) - 2 * len(widths)))
             out += textwrap.wrap(words, 100)
+            width = min(40, 100 - sum(widths) - 2 * len(widths))
+            if width < 12:
+                out += ["too wide for a terminal: see --out", ""]
+                continue
             for line, values in zip(table, zip(*columns)):
                 first, *more = textwrap.wrap(", ".join(line[:2]), width)
                 cells = (cell.rjust(w) for cell, w in zip(values, widths))
@@ -77,7 +78,7 @@ def as_markdown(groups):
 
 def as_latex(groups):
     """A table environment for each, to be used with booktabs."""
-    escape = str.maketrans({c: f"\\{c}" for c in "%_#"} | {"±": r"$\pm$", "→": r"$\to$"})
+    escape = str.maketrans({c: f"\\{c}" for c in "%_#&$"} | {"±": r"$\pm$", "→": r"$\to$"})
     out = []
     for each in groups:
         for words, table in each.tables:
