@@ -15,11 +15,11 @@ def covariance_loss(z):
     """sum of the squared off-diagonal entries of the unbiased covariance, over D. z: [N, D]."""
     z = z - z.mean(dim=0)
     if len(z) < z.shape[1]:  # the sum of all squared entries is also that of z z^T: N x N for D x D
-        product, variance = z @ z.T, z.square().sum(dim=0)
+        product, diagonal = z @ z.T, z.square().sum(dim=0)
     else:
         product = z.T @ z
-        variance = product.diagonal()
-    return (product.square().sum() - variance.square().sum()) / (len(z) - 1) ** 2 / z.shape[1]
+        diagonal = product.diagonal()
+    return (product.square().sum() - diagonal.square().sum()) / (len(z) - 1) ** 2 / z.shape[1]
 
 
 class VICReg(Method):
