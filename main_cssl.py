@@ -209,9 +209,7 @@ def resolve(args, process, train, test, tasks):
     resolve_network(args, train.side, process.device)
     args.normalize = [list(train.mean), list(train.std)]
     if args.single_tasks and (args.regularizer != "finetune" or args.init_from):
-        raise UserError(
-            "--single_tasks: each task starts anew: with --regularizer finetune, and no --init_from"
-        )
+        raise UserError("--single_tasks: each task starts anew: with --regularizer finetune, no --init_from")
     what = f"{args.dataset}-{args.scenario}{args.num_tasks}-{args.method}-"
     what += f"{'single' if args.single_tasks else args.regularizer}-seed{args.seed}"
     args.out_dir = args.out_dir or f"runs/{what}"
@@ -337,9 +335,8 @@ def print_settings(args, process, train, tasks, learner, run):
     print(f"{args.image_size} px, {args.epochs} epochs a task, {args.warmup_epochs:.3g} of them warm-up")
     print(f"global batch {args.batch_size}, {rate}, weight decay {args.weight_decay:g}, seed {args.seed}")
     if tasks.test is None:
-        print(
-            f"no evaluation: {args.data_dir} lacks labels in train/, test/: see --probe_data_dir, --val_split"
-        )
+        advice = "see --probe_data_dir, --val_split"
+        print(f"no evaluation: {args.data_dir} lacks labels in train/, test/: {advice}")
     if args.online_probe != "off":
         print(evaluate.protocol_name(args, "online"))
     print(f"run folder: {run.folder}{resumed}", flush=True)

@@ -54,9 +54,7 @@ def parse_arguments(argv=None, config=None):
     add("--out", metavar="FILE", help="JSON for the results (default: results.json of --run)")
     text = "linear is what papers report, knn is quick, clustering needs no labels to learn from"
     add("--protocol", dest="eval", choices=("linear", "knn", "clustering"), default="linear", help=text)
-    text = (
-        "other data sets to probe the networks on: names, NAME=DIR, or folders with train/<class>/ and test/"
-    )
+    text = "other data sets to probe the networks on: names, NAME=DIR, or folders of train/<class>/ and test/"
     add("--transfer", nargs="+", metavar="DATA", help=text)
     text = "also: accuracy among the task's own classes, and how often the task is found (consolidation)"
     add("--task_masked", action="store_true", help=text)

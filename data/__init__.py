@@ -51,9 +51,7 @@ def add_data_arguments(parser):
     add("--download", action="store_true", help="fetch the data set if it is missing")
     text = "train/<class>/ and test/<class>/ to evaluate with, for images without labels"
     add("--probe_data_dir", metavar="DIR", help=text)
-    text = (
-        "share of a folder's training images, of each class, to test on where there is no test/, such as 0.2"
-    )
+    text = "share of a folder's training images, of each class, to test on where it has no test/, such as 0.2"
     add("--val_split", type=float, metavar="SHARE", help=text)
     text = "domains in the order of the tasks (default: the papers', or by name); fewer leave the others out"
     add("--domain_order", nargs="+", metavar="NAME", help=text)
@@ -69,13 +67,8 @@ def add_data_arguments(parser):
     add("--num_tasks", type=int, help="1 is joint training, the upper bound (default: 5; one per domain)")
     text = "names of all classes, one a line, in the order in which they come (default: shuffled by --seed)"
     add("--class_order", type=lines, metavar="FILE", help=text)
-    add(
-        "--task_sizes",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="classes of each task, where they are not equal",
-    )
+    text = "classes of each task, where they are not equal"
+    add("--task_sizes", type=int, nargs="+", metavar="N", help=text)
     text = "different data sets as tasks, such as cifar100:DIR svhn:DIR digits folder:DIR; each is held in "
     text += "memory at --image_size, and evaluated on its own classes"
     add("--sequence", action=Sequence, nargs="+", metavar="SET", help=text)

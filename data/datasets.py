@@ -101,9 +101,8 @@ def textured_digits(split, args):
     plain, rng = digits(split, args), torch.Generator().manual_seed(int(split == "test"))
     photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2).float()
     photos, side, count = F.avg_pool2d(photos, 3), 16, len(plain.labels)
-    which, *corner = (
-        torch.randint(n, (count,), generator=rng) for n in (2, *(s - side for s in photos.shape[2:]))
-    )
+    limits = 2, *(s - side for s in photos.shape[2:])
+    which, *corner = (torch.randint(n, (count,), generator=rng) for n in limits)
     rows, columns = (start.view(-1, 1) + torch.arange(side) for start in corner)
     patches = photos[which.view(-1, 1, 1), :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
     larger = F.interpolate(plain.images.float(), scale_factor=2, mode="bilinear")

@@ -36,9 +36,7 @@ def split(labels, domains, scenario, parts, num_tasks):
         return [torch.isin(labels, classes).nonzero()[:, 0] for classes in parts]
     if scenario == "data":
         if num_tasks > len(labels):
-            raise UserError(
-                f"--num_tasks {num_tasks}: there are only {len(labels)} training images: lower it"
-            )
+            raise UserError(f"--num_tasks {num_tasks}: only {len(labels)} training images: lower it")
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(DATA_SEED))
         size = len(labels) // num_tasks
         sizes = [size + len(labels) % num_tasks, *[size] * (num_tasks - 1)]
@@ -61,14 +59,12 @@ def class_parts(classes, num_tasks, seed, order=None, sizes=None):
     else:
         if odd := [*sorted({*order} ^ {*classes}), *sorted({x for x in order if order.count(x) > 1})]:
             how = "twice in it" if odd[0] in order and odd[0] in classes else "in only one of both"
-            raise UserError(
-                f"--class_order: its {len(order)} names are not the {count} classes: {odd[0]} is {how}"
-            )
+            words = f"its {len(order)} names are not the {count} classes: {odd[0]} is {how}"
+            raise UserError(f"--class_order: {words}")
         numbers = torch.tensor([classes.index(name) for name in order])
     if sizes and sum(sizes) != count:
-        raise UserError(
-            f"--task_sizes {' '.join(map(str, sizes))}: {sum(sizes)} of {count} classes: use them all"
-        )
+        words = f"{sum(sizes)} of {count} classes: use them all"
+        raise UserError(f"--task_sizes {' '.join(map(str, sizes))}: {words}")
     if not sizes and count % num_tasks:
         fitting = [n for n in range(1, count + 1) if count % n == 0]
         advice = f"choose of {fitting}, or --task_sizes"

@@ -54,9 +54,8 @@ class FALCON(Method):
         super().__init__(backbone)
         f, c, eps = args.falcon_dim, args.falcon_codes, args.falcon_epsilon
         if c < 2 or eps * c >= 1:
-            raise UserError(
-                f"--falcon_codes {c} x --falcon_epsilon {eps:g}: at least 2 codes, product below 1"
-            )
+            words = "at least 2 codes, product below 1"
+            raise UserError(f"--falcon_codes {c} x --falcon_epsilon {eps:g}: {words}")
         self.dim, self.lambda_neg = f, args.falcon_lambda_neg
         self.beta, self.prior = args.falcon_beta, args.falcon_prior
         # N is the batch of all ranks

@@ -89,10 +89,8 @@ def load(path):
         if isinstance(error, FileNotFoundError):
             reason = "there is none"
         elif "global" in str(error).lower():
-            reason = (
-                f"it holds a Python object ({found and (found[1] or found[2])}), which is not opened: if you "
-            )
-            reason += "trust it, keep its tensors: c = torch.load(FILE, weights_only=False); "
+            reason = f"it holds a Python object ({found and (found[1] or found[2])}), which is not opened: "
+            reason += "if you trust it, keep its tensors: c = torch.load(FILE, weights_only=False); "
             reason += "torch.save(c['state_dict'], NEW), of a model torch.save(c.state_dict(), NEW)"
         raise UserError(f"cannot read checkpoint {path}: {reason}") from error
 
@@ -215,9 +213,7 @@ def load_method(learner, path, args, tasks, task=0):
         advice = "train the first task with --online_probe, too, or pass --online_probe off"
         raise UserError(f"--online_probe: {path} holds no classifier that could go on: {advice}")
     if network.get("task", 0) != task or network.get("tasks", tasks)[: task + 1] != tasks[: task + 1]:
-        raise UserError(
-            f"{path} is no network of this run's task {task}: it is of other data, classes, or tasks"
-        )
+        raise UserError(f"{path} is no network of this run's task {task}: other data, classes, or tasks")
     theirs, flags = network["config"] or {}, ["method"]
     flags += ["regularizer", "seed", "image_size", "single_tasks"] if task else []
     for name in (name for name in flags if name in theirs and theirs[name] != getattr(args, name)):
@@ -226,9 +222,7 @@ def load_method(learner, path, args, tasks, task=0):
     left_out |= network["left_out"] | ({"classifier"} if classifier and online is None else set())
     load_strictly(method, state, path, what)
     if online is not None and classifier:
-        load_strictly(
-            online, classifier, path, "this run's --online_probe, one classifier over all its classes"
-        )
+        load_strictly(online, classifier, path, "this run's --online_probe, one classifier of all classes")
         state |= classifier
     own = learner.regularizer.state_dict()
     kept = {name: value for name, value in network.get("regularizer", {}).items() if name in own}

@@ -74,11 +74,8 @@ class Run:
                 words = RATE.sub(EACH, words)
             more = {name: value for name, value in settings.items() if name not in IN_WORDS}
             more |= {"dataset": settings["dataset"]} if "rows" in block else {}
-            more |= (
-                {"size": size}
-                if (size := settings.get("size")) not in (None, self.args["image_size"])
-                else {}
-            )
+            size = settings.get("size", self.args["image_size"])
+            more |= {"size": size} if size != self.args["image_size"] else {}
             caption = "; ".join([words, *(f"{name} {value}" for name, value in more.items())])
             known = lambda block: sum(block.get(name) is not None for name in COLUMNS)  # noqa: E731
             found[caption] = max(found.get(caption, block), block, key=known)
@@ -145,9 +142,8 @@ def read(folder):
             if "matrix" in block or "rows" in block:
                 matrix = block.get("matrix") or block["rows"]
                 if len(matrix) < len(tasks):
-                    run.partial.append(
-                        f"{name or 'its own evaluation'} ({len(matrix)} of {len(tasks)} tasks)"
-                    )
+                    what = name or "its own evaluation"
+                    run.partial.append(f"{what} ({len(matrix)} of {len(tasks)} tasks)")
                     continue
                 [[float(x) for x in row] for row in matrix], block["protocol"].strip()
                 if "matrix" in block and not run.joint and {len(row) for row in matrix} != {len(tasks)}:
@@ -211,17 +207,15 @@ def tables(setting, grid):
         for key, pairs in rows.items():
             seeds, blocks = zip(*pairs)
             count = f"{len(set(seeds))}" + f" ({len(seeds)} runs)" * (len(set(seeds)) < len(seeds))
-            means = [
-                b | {"average_accuracy": statistics.mean((b.get("matrix") or b["rows"])[-1])} for b in blocks
-            ]
+            final = ((b.get("matrix") or b["rows"])[-1] for b in blocks)
+            means = [b | {"average_accuracy": statistics.mean(row)} for b, row in zip(blocks, final)]
             scores = (spread([b[name] for b in means if b.get(name) is not None]) for name in COLUMNS)
             body.append([*key, *scores, count, known.get(key, "")])
-        shown.append(
-            (exact(caption, [block for pairs in rows.values() for _, block in pairs]), [header, *body])
-        )
+        words = exact(caption, [block for pairs in rows.values() for _, block in pairs])
+        shown.append((words, [header, *body]))
         if table := each_task(rows, grid):
-            words = "Accuracy (%) on each task: after training on it → after the last task. " + shown[-1][0]
-            shown.append((words, table))
+            what = "Accuracy (%) on each task: after training on it → after the last task. "
+            shown.append((what + words, table))
     return shown
 
 
@@ -298,18 +292,13 @@ def figures(grid):
         curves = {name: (range(len(row)), row) for name, row in seen.items()}
         labels = "after training task", "mean accuracy on the tasks so far (%)"
         found.append((f"Accuracy over tasks. {caption}", plots.plot_curves(curves, *labels)))
-        scores = {
-            name: [(b.get("forgetting"), b.get("plasticity")) for b in own] for name, own in cells.items()
-        }
+        scores = {name: [(b.get("forgetting"), b.get("plasticity")) for b in cells[name]] for name in cells}
         points = {name: [pair for pair in own if None not in pair] for name, own in scores.items()}
         if points := {name: pairs for name, pairs in points.items() if pairs}:
-            found.append(
-                (f"Forgetting S against plasticity P. {caption}", plots.plot_points(points, "S", "P"))
-            )
-    for name, what in {
-        "loss": "Loss, mean of an epoch",
-        "feature_std": "Standard deviation of projections",
-    }.items():
+            what = f"Forgetting S against plasticity P. {caption}"
+            found.append((what, plots.plot_points(points, "S", "P")))
+    watched = {"loss": "Loss, mean of an epoch", "feature_std": "Standard deviation of projections"}
+    for name, what in watched.items():
         curves = {label: run.lines("metrics.jsonl", "step", name) for label, run in runs.items()}
         if curves := {label: tuple(zip(*pairs)) for label, pairs in curves.items() if pairs}:
             found.append((what, plots.plot_curves(curves, "step", what)))

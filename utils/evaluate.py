@@ -288,11 +288,8 @@ def protocol_name(args, name=""):
     if args.sequence:
         joint = "a classifier for each data set, over its classes"
     k, kind = (name[1:].partition(" ")[::2]) if name.startswith("k") else (KNN_K, name)
-    own = (
-        f"at test among the task's own classes of {joint}"
-        if linear
-        else "neighbours of the task's own classes"
-    )
+    own = f"at test among the task's own classes of {joint}"
+    own = own if linear else "neighbours of the task's own classes"
     name, joint = {
         "task_masked": (", task-masked", own),
         "task_level": (", task level", f"{joint}, whose scores are summed for each task"),

@@ -15,9 +15,8 @@ from utils.arguments import Parser
 
 TORCHVISION = "import torch, torchvision; model = torchvision.models.{}(); model.fc = torch.nn.Identity()"
 TIMM = "import torch, timm; model = timm.create_model('{}', num_classes=0)"
-CIFAR_STEM = (
-    "model.conv1, model.maxpool = torch.nn.Conv2d(3, 64, 3, padding=2, bias=False), torch.nn.Identity()"
-)
+CIFAR_STEM = "model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=2, bias=False)"
+CIFAR_STEM += "; model.maxpool = torch.nn.Identity()"
 LOADING = {".pt": "model.load_state_dict(torch.load('{}'))"}
 LOADING[".safetensors"] = "import safetensors.torch; safetensors.torch.load_model(model, '{}')"
 
@@ -70,12 +69,10 @@ def card(results, config, task, names, path):
     lines = {"torchvision": [TORCHVISION.format(model), *last], "timm": [TIMM.format(model), *last]}
     if config["width"] != 64 or model == "resnet10":
         lines = "models.resnet.build_backbone(backbone, width, stem).load_state_dict(...)"
-    blocks = {
-        name: b for name, b in results.items() if isinstance(b, dict) and len(b.get("matrix", ())) > task
-    }
-    training = (
-        "method regularizer dataset scenario num_tasks seed epochs batch_size lr optimizer single_tasks"
-    )
+    blocks = {name: block for name, block in results.items() if isinstance(block, dict)}
+    blocks = {name: block for name, block in blocks.items() if len(block.get("matrix", ())) > task}
+    training = "method regularizer dataset scenario num_tasks seed epochs batch_size lr optimizer"
+    training += " single_tasks"
     return {
         "architecture": known("backbone", "width", "stem"),
         "training": known(*training.split()),

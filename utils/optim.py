@@ -14,9 +14,8 @@ class LARS(torch.optim.SGD):
     Everything is a few multi-tensor calls, without a Python loop or a device sync; .grad is scaled in
     place."""
 
-    def __init__(
-        self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.02, exclude_bias_n_norm=False, fused=None
-    ):
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.02, exclude_bias_n_norm=False,
+                 fused=None):  # fmt: skip
         foreach = None if fused else True
         super().__init__(params, lr, momentum, weight_decay=weight_decay, fused=fused, foreach=foreach)
         self.eta, self.exclude_bias_n_norm = eta, exclude_bias_n_norm

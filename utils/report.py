@@ -83,16 +83,11 @@ def as_latex(groups):
     for each in groups:
         for words, table in each.tables:
             head, *body = [f"{' & '.join(line).translate(escape)} \\\\" for line in table]
-            out += [
-                r"\begin{table}",
-                rf"\caption{{{f'{each.title}. {each.difference} {words}.'.translate(escape)}}}",
-            ]
-            out += [
-                rf"\begin{{tabular}}{{ll{'r' * (len(table[0]) - 2)}}}",
-                r"\toprule",
-                head.replace(r"A\_T", "$A_T$"),
-            ]
-            out += [r"\midrule", *body, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
+            caption = f"{each.title}. {each.difference} {words}.".translate(escape)
+            out += [r"\begin{table}", rf"\caption{{{caption}}}"]
+            out += [rf"\begin{{tabular}}{{ll{'r' * (len(table[0]) - 2)}}}", r"\toprule"]
+            out += [head.replace(r"A\_T", "$A_T$"), r"\midrule", *body, r"\bottomrule"]
+            out += [r"\end{tabular}", r"\end{table}", ""]
     return "\n".join(out)
 
 

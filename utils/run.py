@@ -111,9 +111,8 @@ class Run:
             first = {name.title(): plain.pop(name) for name in ("method", "regularizer", "seed")}  # as sorted
             first["Regularizer"] = kind_of(self.arguments)
             kinds = {"eval": args.eval, f"eval_online_linear_{args.online_probe}": args.online_probe}
-            tags = [
-                f"{k}/{score}" for k, how in kinds.items() if how not in ("none", "off") for score in SCORES
-            ]
+            kinds = [kind for kind, how in kinds.items() if how not in ("none", "off")]
+            tags = [f"{kind}/{score}" for kind in kinds for score in SCORES]
             self.log.hparams(first | plain, tags)
         self.started = self.last_save = self.told = time.monotonic()
         self.seconds_saving, self.leaving = 0.0, False
@@ -214,15 +213,9 @@ class Run:
         self.log.scalars("speed", self.global_step, speed)
         if kind == "epoch" and self.main:
             since, self.told = self.told, time.monotonic()
-            line = {
-                "kind": kind,
-                "task": self.task,
-                "epoch": self.epoch,
-                "seconds": self.told - since,
-                **speed,
-            }
+            line = {"kind": kind, "task": self.task, "epoch": self.epoch, "seconds": self.told - since}
             with open(self.folder / "speed.jsonl", "a") as file:
-                print(json.dumps(line), file=file)
+                print(json.dumps(line | speed), file=file)
         if self.last_std < self.start_std / 10 and self.warned < self.task:
             fall = f"from {self.start_std:.2g} to {self.last_std:.2g} since the task began, task {self.task}"
             advice = "they are collapsing; more --warmup_epochs or a lower --lr may prevent that"
@@ -294,10 +287,8 @@ class Run:
         self.log.metrics(kind, self.global_step, values, **where)
         self.log.scalars("collapse", self.global_step, monitors)
         protocol = block["protocol"].split(":")[0]
-        title = (
-            f"{self.args.dataset}, {self.args.method} + {kind_of(self.arguments)}, seed {self.args.seed}\n"
-        )
-        title += f"{protocol}, A = "
+        title = f"{self.args.dataset}, {self.args.method} + {kind_of(self.arguments)}, "
+        title += f"seed {self.args.seed}\n{protocol}, A = "
         names = self.data["tasks"] if self.args.scenario == "domain" else None
         names = set_names(self.args.sequence) or names  # of joint training, too
         figure = plot_matrix(block["matrix"], f"{title}{scores['average_accuracy']:.2f} %", names)
