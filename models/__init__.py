@@ -18,7 +18,7 @@ def add_network_arguments(parser):
     add("--stem", choices=("auto", *STEMS), default="auto", help="first layers; auto: cifar up to 64 pixels")
     add("--image_size", type=int, help="side of the views (default: the images'; 224 if they differ in size)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    text = "autocast type (default: bf16 on CUDA, fp32 on CPU); losses are in fp32"
+    text = "autocast type (default: bf16 on CUDA, fp32 on CPU); losses are in fp32 (--loss_precision)"
     add("--precision", choices=("fp32", "bf16", "fp16"), help=text)
     return add
 

@@ -110,6 +110,30 @@ def test_each_task(tmp_path, capsys):
     assert "too wide" in out and max(map(len, out.splitlines())) <= 100
 
 
+def test_probed_afterwards(tmp_path):
+    """By main_linear.py, each method at its own rate: one table, and the figure, in which a line across is a
+    random network; at another rate a table of its own."""
+    runs = []
+    for method, lr in ("moco", 3.0), ("simclr", 1.0):
+        runs.append(make(tmp_path / method, words="k-NN", method=method, probe_lr=lr))
+        results = json.loads((runs[-1] / "results.json").read_text())
+        for rate in {lr, 3.0}:
+            block = {name: results[name] for name in ("matrix", "average_accuracy", "forgetting")}
+            block |= {"protocol": f"{WORDS}, lr {rate}, 100 epochs", "random_backbone": [10.0 * rate, 5.0]}
+            results[f"linear lr={rate}"] = block | {"settings": {"lr": rate}}
+        (runs[-1] / "results.json").write_text(json.dumps(results))
+    (group,) = compare.group([compare.read(run) for run in runs])
+    scores = {words: [line[0] for line in table[1:]] for words, table in group.tables[::2]}
+    both = ["SimCLR", "MoCo v2+"]
+    expected = {"k-NN": both, f"{WORDS}, lr of each method, 100 epochs": both}
+    assert scores == expected | {f"{WORDS}, lr 3.0, 100 epochs": ["SimCLR"]}
+    across = [
+        [line.get_ydata()[0] for line in axes.lines if line.get_color() == "grey"]
+        for axes in panels(group.grid)
+    ]
+    assert across == [[10.0], [5.0], [30.0], [5.0]]
+
+
 def test_where_a_run_began(tmp_path):
     """Seeds that continue first tasks of their own, wherever they lie, are one row; other weights are not."""
     starts = "runs/first-seed5", "runs/first-seed6/task0.pt", "runs/first-seed7/"

@@ -70,7 +70,7 @@ class Run:
         own = [block["protocol"] for name, block in self.blocks.items() if "settings" not in block]
         for block in self.blocks.values():
             words, settings = block["protocol"], block.get("settings", {})
-            if words in own:
+            if words in own or ("lr" in settings and settings["lr"] == self.args.get("probe_lr")):
                 words = RATE.sub(EACH, words)
             more = {name: value for name, value in settings.items() if name not in IN_WORDS}
             more |= {"dataset": settings["dataset"]} if "rows" in block else {}
@@ -275,8 +275,9 @@ def figures(grid):
                 if "matrix" in block:
                     matrices = joint if run.joint else shown
                     matrices.setdefault(caption, {}).setdefault(", ".join(key), []).append(block)
-    if shown:  # of the protocol that most runs have
-        caption, cells = max(shown.items(), key=lambda item: sum(map(len, item[1].values())))
+    if shown:  # of the protocol that most runs have; of two, the linear probe
+        count = lambda item: (sum(map(len, item[1].values())), "linear" in item[0])  # noqa: E731
+        caption, cells = max(shown.items(), key=count)
         both = cells | joint.get(caption, {})
         seeds = {name: [block["matrix"] for block in blocks] for name, blocks in both.items()}
         caption = exact(caption, [block for blocks in cells.values() for block in blocks])
@@ -287,6 +288,10 @@ def figures(grid):
         for method, label in grid:  # a joint run may have been tested on all tasks as one
             if tasks in (len(matrix[0]) for matrix in seeds.get(f"{method}, {label}", ())):
                 methods.setdefault(method, {})[label] = seeds[f"{method}, {label}"]
+        for method, of_label in methods.items():
+            blocks = [block for label in of_label for block in both[f"{method}, {label}"]]
+            if random := [[row] for block in blocks if (row := block.get("random_backbone"))]:
+                of_label["random network"] = random
         found.append((f"Accuracy on each task. {caption}", plots.plot_tasks(methods, names)))
         seen = {name: [statistics.mean(row[: t + 1]) for t, row in enumerate(m)] for name, m in means.items()}
         curves = {name: (range(len(row)), row) for name, row in seen.items()}

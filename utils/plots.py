@@ -79,11 +79,11 @@ def plot_curves(curves, x_label, y_label):
 
 def plot_tasks(matrices, names=None):
     """Accuracy on each task while later ones are trained. matrices: {method: {label: those of its seeds}}, of
-    which mean and standard deviation are shown; a dashed line is the mean of what was trained jointly, and
-    tested on each task. names: of the tasks, where they have any."""
+    which mean and standard deviation are shown; a dashed line is the mean of what was trained jointly and
+    tested on each task, or not at all. names: of the tasks, where they have any."""
     tasks = max(len(runs[0][0]) for found in matrices.values() for runs in found.values())
     labels, lines = dict.fromkeys(label for found in matrices.values() for label in found), {}
-    colors = {label: f"C{place}" for place, label in enumerate(labels)}
+    colors = {label: f"C{place}" for place, label in enumerate(labels)} | {"random network": "grey"}
     columns = min(5, tasks)
     rows = math.ceil(tasks / columns)
     size = 1 + 3 * columns, 0.8 + 2.3 * rows * len(matrices)
