@@ -59,7 +59,15 @@ def test_new_regularizer(method, tmp_path, register):
     "page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 )
 def test_links(page):
-    links = re.findall(r"\]\(((?!http|#)[^)]+)\)", (ROOT / page).read_text())
-    assert [link for link in links if not ((ROOT / page).parent / link.split("#")[0]).exists()] == []
+    """To files that are there, and to headings in them."""
+    links = re.findall(r"\]\(((?!http)[^)]+)\)", (ROOT / page).read_text())
+    for link in links:
+        name, _, anchor = link.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), link
+        titles = re.findall(r"^#+ (.*)", path.read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in (
+            re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles
+        ), link
     if page == "README.md":
         assert {f"losses/{name}.py" for name in (METHODS | REGULARIZERS)} <= set(links)
