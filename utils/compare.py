@@ -114,7 +114,8 @@ class Group:
         if "scenario" in s:
             tasks = [f"{s['scenario']}-incremental, {s['num_tasks']} tasks"]
         network = f"{s['backbone']} (width {s['width']}, {s['stem']} stem, {s['image_size']} px)"
-        epochs = [f"epochs a task: {s['epochs']}"] if "epochs" in s else []
+        of = "of the last set" if s["dataset"].startswith("sequence") else "a task"
+        epochs = [f"epochs {of}: {s['epochs']}"] if "epochs" in s else []
         return ", ".join([s["dataset"], *tasks, *epochs, network])
 
     @property
