@@ -1,8 +1,6 @@
-"""How long the offline protocols take on given features: 50,000 x 512 of 100 classes, 10,000 to test.
+"""How long the offline protocols take on given features: 50,000 x 512 of 100 classes, 10,000 to test."""
 
-python benchmarks/evaluate.py
-"""
-
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -26,6 +24,7 @@ def train(dtype):
         probe.train_one_epoch(x, y)
 
 
+argparse.ArgumentParser(description=__doc__).parse_args()  # --help
 torch.manual_seed(0)
 x, y, tests = torch.randn(50_000, 512), torch.randint(0, 100, (50_000,)), torch.randn(10_000, 512)
 everything = torch.ones(len(x), dtype=torch.bool)
