@@ -6,6 +6,7 @@ import re
 import statistics
 import textwrap
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 from data import OF_TASKS, set_names
@@ -195,8 +196,8 @@ def cells(runs, epochs):
 
 
 def tables(setting, grid):
-    """Of each protocol: its caption, and rows of cells as text, the header first. Where a seed was run more
-    than once, that is told."""
+    """Of each protocol: its caption, and rows of cells as text, the header first, without columns that are
+    empty. Where a seed was run more than once, that is told."""
     found = {}
     for key, runs in grid.items():
         for run in runs:
@@ -213,7 +214,8 @@ def tables(setting, grid):
             scores = (spread([b[name] for b in means if b.get(name) is not None]) for name in COLUMNS)
             body.append([*key, *scores, count, known.get(key, "")])
         words = exact(caption, [block for pairs in rows.values() for _, block in pairs])
-        shown.append((words, [header, *body]))
+        filled = [any(column) for column in zip(*body)]
+        shown.append((words, [[*compress(line, filled)] for line in (header, *body)]))
         if table := each_task(rows, grid):
             what = "Accuracy (%) on each task: after training on it → after the last task. "
             shown.append((what + words, table))

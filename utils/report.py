@@ -51,7 +51,7 @@ def as_text(groups):
     for each in groups:
         out += [*textwrap.wrap(each.title, 100), *textwrap.wrap(each.difference, 100), ""]
         for words, table in each.tables:
-            columns = [column for column in zip(*(line[2:] for line in table)) if any(column[1:])]
+            columns = [*zip(*(line[2:] for line in table))]
             widths = [max(map(len, column)) for column in columns]
             out += textwrap.wrap(words, 100)
             width = min(40, 100 - sum(widths) - 2 * len(widths))
