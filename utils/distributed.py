@@ -146,8 +146,6 @@ def explain(error):
     """One line for an error; None where only a traceback can say what it is."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{error}; free some space and run the same command again"
-    if isinstance(error, BrokenPipeError):
-        return "the program that reads its output has ended"
     if isinstance(error, (ConnectionError, EOFError)):  # while a batch was handed over
         return KNOWN_ERRORS["DataLoader worker"]
     if isinstance(error, (UserError, OSError)):

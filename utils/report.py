@@ -10,6 +10,7 @@ Runs that differ in more than method, regulariser and seed stand in groups of th
 import base64
 import csv
 import html
+import signal
 import sys
 import textwrap
 from pathlib import Path
@@ -166,6 +167,7 @@ def main(args):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # of "| head"
     arguments = parse_arguments()
     from utils.distributed import report_errors
 
