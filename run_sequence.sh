@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Different data sets in a row, where forgetting shows on a CPU: CIFAR-100, then scikit-learn's digits, then what else is named; a
+# Different data sets in a row, where forgetting shows on a CPU: CIFAR-100, then scikit-learn's digits, then further sets, if named; a
 # finished sequence grows by the next set. Ends in the report: RUNS/report.
 #   DATA=DIR bash run_sequence.sh [SEED ...]        CIFAR-100 in torchvision's files, or train/<class>/ and test/<class>/; seeds 5 6 7
-#   SETS="svhn:DIR folder:DIR"   further sets;  EPOCHS="3 60 ..."  of each set (60);  JOINT=5  of joint training
+#   SETS="svhn:DIR folder:DIR"   further sets;  EPOCHS="3 60 ..."  of each set (the first 3, the others 60);  JOINT=5  of joint training
 #   METHOD=moco  REGULARIZERS="finetune cassle pnr joint"  RUNS=DIR (runs/sequence)  FLAGS="..." of main_cssl.py  PYTHON=...
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/python.sh"

@@ -1,6 +1,6 @@
 """Where the wall time of commands that train goes, as a stacked bar each.
 
-    python -m benchmarks.wall docs/wall.png "quickstart: OUT=/tmp/q bash run_quickstart.sh"
+    python -m benchmarks.wall docs/wall.png "quickstart: OUT=runs/q bash run_quickstart.sh"
 
 The commands run one after the other, with a PYTHON of their own that notes what its main_cssl.py does when;
 one that runs main_cssl.py by itself calls it "$PYTHON" main_cssl.py. They run one process at a time, in run
