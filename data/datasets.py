@@ -171,8 +171,8 @@ def imagenet(split, args):
 
 
 def imagenet100(split, args):
-    """The 100 classes of ImageNet that this line of papers uses (data/imagenet100_classes.txt, CMC's list),
-    from a folder with these classes or from the whole of ImageNet."""
+    """The 100 classes of ImageNet of CMC's list, as CaSSLe uses (data/imagenet100_classes.txt), from a folder
+    with these classes or from the whole of ImageNet."""
     return _imagenet(split, args, (Path(__file__).parent / "imagenet100_classes.txt").read_text().split())
 
 
@@ -183,7 +183,8 @@ def _imagenet(split, args, wanted):
         raise UserError(f"{root} has no class folders; validation images come unsorted: in Python, {sorting}")
     missing = [name for name in wanted or () if root.is_dir() and not (root / name).is_dir()]
     if missing:
-        raise UserError(f"{root} lacks {len(missing)} of ImageNet-100's classes: {' '.join(missing)}")
+        advice = "complete it; --dataset folder takes any classes (Kaggle's ImageNet-100 has others)"
+        raise UserError(f"{root} lacks {len(missing)} of CMC's ImageNet-100: {' '.join(missing)}; {advice}")
     names, labels, classes = list_classes(root, wanted)
     if wanted is None and len(classes) != IMAGENET_CLASSES:
         advice = f"has {IMAGENET_CLASSES}: complete it, or use --dataset folder, which takes any classes"

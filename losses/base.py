@@ -68,8 +68,8 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def align(self, predicted, teacher, negatives=None):
-        """PNR's term of a contrastive method: draws p to f, away from pseudo-negatives, also those of
-        `negatives`, the student's Outputs."""
+        """PNR's term of a contrastive method: draws p to f and away from the teacher's other features; with
+        `negatives`, the student's Outputs, also from the student's."""
         raise NotImplementedError
 
     def repel(self, predicted, teacher):
@@ -77,8 +77,8 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def after_step(self, student, progress):
-        """After the optimiser's step; progress: the share of the task's steps done, 0 to 1. Moves the
-        momentum encoder."""
+        """After the optimiser's step; progress: the share of the task's steps done before it, 0 to 1. Moves
+        the momentum encoder."""
         if self.ema is not None:
             self.ema_tau = ema_tau(progress, *self.ema)
             for part in ("backbone", "projector"):

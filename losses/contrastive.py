@@ -7,9 +7,9 @@ BLOCK = 2048  # keys worked on together on the CPU, so that their products stay 
 
 
 class LogSumExp(torch.autograd.Function):
-    """ln sum_k e^(q_i.n_k), [N], of queries [N, D] and rows [K, D] that get no gradient. That of the queries,
-    the mean of the rows by softmax, is summed on the way, so that nothing of size N x K is kept or read
-    again."""
+    """ln sum_k e^(q_i.n_k), [N], of queries [N, D] and rows [K, D] that get no gradient. The queries'
+    gradient, the mean of the rows weighted by softmax, is accumulated in the forward pass, so that nothing of
+    size N x K is kept or read again."""
 
     @staticmethod
     def forward(ctx, query, rows):

@@ -1,5 +1,5 @@
-"""PNR, Pseudo-Negative Regularization (Cha, Cho, Moon, ICML 2024): each model's features are negatives in the
-other's loss."""
+"""PNR, Pseudo-Negative Regularization (Cha, Cho, Moon, ICML 2024). Contrastive methods: each model's
+features are negatives in the other's loss; the others: the teacher's of the other view are negatives of p."""
 
 from dataclasses import replace
 

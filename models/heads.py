@@ -6,8 +6,8 @@ from torch import nn
 
 
 def mlp(dim_in, hidden, dim_out, norm=False):
-    """Linear-[BN-]ReLU-Linear: MoCo's and SimCLR's projector without BN, CaSSLe's and PNR's predictor with
-    it."""
+    """Linear-[BN-]ReLU-Linear: MoCo's and SimCLR's projector without BN; with it BYOL's projector and q, and
+    CaSSLe's and PNR's predictor g."""
     norms = [nn.BatchNorm1d(hidden)] if norm else []
     return nn.Sequential(nn.Linear(dim_in, hidden), *norms, nn.ReLU(inplace=True), nn.Linear(hidden, dim_out))
 

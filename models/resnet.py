@@ -9,9 +9,10 @@ from models import BACKBONES
 class ResNet(nn.Module):
     """He et al. (CVPR 2016): images [N, 3, S, S] -> features [N, feature_dim].
 
-    At width 64 the state_dict is that of torchvision's resnet of the same name without fc. The "cifar" stem,
-    for images of up to 64 pixels, is a 3x3 convolution of stride 1 and padding 2 without max-pooling, and
-    with torch's own initialisation, as in the released PNR and CaSSLe code."""
+    At width 64 and with the "imagenet" stem the state_dict is that of torchvision's resnet of the same name
+    without fc (there is no resnet10). The "cifar" stem, for images of up to 64 pixels, is a 3x3 convolution
+    of stride 1 and padding 2 without max-pooling, and with torch's own initialisation, as in the released PNR
+    and CaSSLe code."""
 
     def __init__(self, block, layers, width=64, stem="imagenet"):
         super().__init__()

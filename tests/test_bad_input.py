@@ -83,7 +83,7 @@ def test_domainnet(tmp_path, bad):
 def test_imagenet(tmp_path, bad):
     names = trees.IMAGENET100.split()
     trees.fill(tmp_path, "train val", " ".join(names[2:]), count=1)
-    bad(f"--dataset imagenet100 --data_dir {tmp_path}", f"{tmp_path}/train", *names[:2])
+    bad(f"--dataset imagenet100 --data_dir {tmp_path}", f"{tmp_path}/train", *names[:2], "--dataset folder")
     bad(f"--dataset imagenet --data_dir {tmp_path}", f"{tmp_path}/train", "98", "--dataset folder")
     trees.fill(tmp_path, "train val", " ".join(names[:2]), count=1)
     bad(f"--dataset imagenet100 --data_dir {tmp_path} --download", "--download")

@@ -67,7 +67,7 @@ def consolidation(matrix):
 
 
 def plasticity(matrix, single_task):
-    """1/(T-1) sum over j < T of 1/(T-j) sum over k > j of (a[k][j] - FT_k), FT: accuracies of models trained
+    """1/(T-1) sum over j < T of 1/(T-j) sum over k > j of (a[k][j] - G_k), G: accuracies of models trained
     on one task each; None without them, or for one task. Source: Cha et al., PNR (ICML 2024)."""
     count = len(matrix)
     if count < 2 or single_task is None:
@@ -83,7 +83,7 @@ def kind_of(args):
 
 
 def reference_row(folder, name, protocol, config):
-    """FT of plasticity: the accuracy on each task after training on it alone, from the results.json of a run
+    """G of plasticity: the accuracy on each task after training on it alone, from the results.json of a run
     of single tasks, block `name`. Raises UserError where there is none by this protocol, in words, or where
     its settings are others than config, a run's arguments."""
     folder = Path(folder)
@@ -107,7 +107,7 @@ def reference_row(folder, name, protocol, config):
 def summary(matrix, num_tasks, protocol, random_row=None, single_task=None, alone=False, part=""):
     """The block of results.json: averages are of the tasks seen so far, or of what joint training is tested
     on; what cannot be known yet is None.
-    single_task: FT of plasticity; alone: each row is of a network of its own, trained on one task, which
+    single_task: G of plasticity; alone: each row is of a network of its own, trained on one task, which
     forgets nothing; part: "task_level" if the matrix is that of consolidation."""
     seen = [row[: len(matrix)] for row in matrix] if num_tasks > 1 else [[average_accuracy(matrix)]]
     block = {
