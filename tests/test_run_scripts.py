@@ -126,11 +126,12 @@ def test_to_the_end(name, tmp_path):
     else:
         trees.domainnet(tmp_path / "data")
     variables = {"PYTHON": sys.executable, "DATA": "data", "OUT": "run"}
-    done = script(name, "moco", "finetune", *SMALL.split(), cwd=tmp_path, **variables)
+    some = ["--domain_order", "sketch", "real"] * ("domainnet" in name)
+    done = script(name, "moco", "finetune", *SMALL.split(), *some, cwd=tmp_path, **variables)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert "offline linear probe" in results["protocol"]
-    assert len(results["matrix"]) == (5 if "imagenet" in name else 6)
+    assert len(results["matrix"]) == (5 if "imagenet" in name else 2)
 
 
 @pytest.fixture
