@@ -51,8 +51,8 @@ def parse_arguments(argv=None):
     text += f"and under {SHORT} epochs a task, where a jump can make a run collapse)"
     add("--lr_schedule", choices=("epoch", "step"), help=text)
     add("--warmup_epochs", type=float, help=f"linear warm-up (default: 10; a third of runs under {SHORT})")
-    text = "of the losses' products, under --precision fp32 of linear layers, too: tf32 on CUDA, bf16 "
-    text += "also on CPUs that have it"
+    text = "of the products in losses and in the views' resizing, under --precision fp32 of linear layers, "
+    text += "too: tf32 on CUDA, bf16 also on CPUs that have it"
     add("--loss_precision", choices=PRECISIONS, default="fp32", help=text)
     add("--compile", action="store_true", help="torch.compile: slower to start, pays on long runs")
 

@@ -114,7 +114,7 @@ class Stream:
         batches = iter(self.loader)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         for crops, indices, unreadable in batches:
-            y = labels[indices.to(labels.device)]
+            y = labels[indices.to(labels.device, non_blocking=True)]
             for i in sorted(unreadable.keys() - skipped.keys()):
                 warn_or_raise(unreadable[i], self.skip_corrupt)
             if unreadable:

@@ -49,7 +49,7 @@ def settled(extra="", method="moco", process=CPU):
 
 def run(flags, script=main_cssl):
     """Runs the script's main in this process; its exit status. Flags are one string."""
-    words = flags.split()
+    words = flags.split() + ["--device", "cpu"] * (script is main_linear)
     try:
         args = script.parse_arguments(words)
         other = words if script is main_linear else Stop("program")

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import trees
 from conftest import CPU, TINY, crash, run, settled
 
 import main_cssl
@@ -66,10 +67,15 @@ def test_steps(method, regularizer):
         torch.testing.assert_close(there[name], value, rtol=near, atol=near * scale, msg=f"{name} differs")
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_no_step_waits_for_the_device(method):
-    """Views, forward, backward and update of a later task; what is logged now and then may wait."""
-    args, (train, probe, _, tasks) = settled("--regularizer pnr --device cuda", method, Process(CUDA))
+@pytest.mark.parametrize("method, streamed", [*((method, False) for method in METHODS), ("moco", True)])
+def test_no_step_waits_for_the_device(method, streamed, tmp_path):
+    """Views, of images in memory or in files, forward, backward and update of a later task; what is logged
+    now and then may wait."""
+    flags = "--regularizer pnr --device cuda"
+    if streamed:
+        data = trees.fill(tmp_path / "data", "train test", "a b", count=96)
+        flags += f" --dataset folder --data_dir {data} --scenario data --num_tasks 2 --workers 1"
+    args, (train, probe, _, tasks) = settled(flags, method, Process(CUDA))
     learner = main_cssl.build_learner(args, Process(CUDA))
     loader, _ = main_cssl.build_loaders(args, Process(CUDA), train, probe, tasks, 1)
     learner.begin_task(1, CUDA, loader)

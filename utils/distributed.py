@@ -110,6 +110,7 @@ def start(device):
     if world > 1:
         try:
             store, rank, world = next(dist.rendezvous("env://"))
+            store.set_timeout(TIMEOUT)  # NCCL's processes meet there at their first collective
         except (ValueError, dist.DistError) as error:
             why = str(error).splitlines()[0]
             raise UserError(f"the processes of WORLD_SIZE do not meet ({why}): use torchrun") from error

@@ -9,11 +9,13 @@ from matplotlib.figure import Figure
 
 
 def save(figure, stem):
-    """stem.png and stem.pdf. They are drawn in memory first, since matplotlib hides that a disk is full."""
-    for suffix in ("png", "pdf"):
+    """stem.pdf and stem.png; returns what is in the latter. They are drawn in memory first, since matplotlib
+    hides that a disk is full."""
+    for suffix in ("pdf", "png"):
         content = io.BytesIO()
         figure.savefig(content, format=suffix)
         stem.with_name(f"{stem.name}.{suffix}").write_bytes(content.getvalue())
+    return content.getvalue()
 
 
 def draw_matrix(axes, matrix, title, low, high, names=None):

@@ -111,8 +111,7 @@ def as_html(groups, failures, out):
 
     def picture(figure):
         name = f"figure{len([*out.glob('figure*.pdf')]) + 1}"
-        save(figure, out / name)
-        data = base64.b64encode((out / f"{name}.png").read_bytes()).decode()
+        data = base64.b64encode(save(figure, out / name)).decode()
         return f'<div class=wide><img alt="" src="data:image/png;base64,{data}"></div>'
 
     def tag(name, *words, escape=html.escape):
@@ -124,7 +123,7 @@ def as_html(groups, failures, out):
         return tag("p class=small", words) + f"<div class=wide><table>{head}{''.join(body)}</table></div>"
 
     for old in out.glob("figure*.p[dn][fg]"):
-        old.unlink()
+        old.unlink(missing_ok=True)  # jobs that end together write the same report
     page = [tag("h1", "Continual self-supervised learning: runs compared")]
     page += [tag("p class=note", f"Not shown: {line}") for line in failures]
     page.append(tag("p", ABOUT))
