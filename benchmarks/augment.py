@@ -1,7 +1,7 @@
 """Views per second of this project's augmentation, of torchvision's per image (PIL) and of Kornia's per
 batch, on one CPU core.
 
-    python benchmarks/augment.py --batch_size 256 --size 32 --repeats 20
+    python -m benchmarks.augment --batch_size 256 --size 32 --repeats 20
 
 A repeat makes both views of one batch with the CIFAR-100 settings, random parameters included, from what each
 pipeline likes best (uint8 tensors; PIL images) to a normalised float batch. The contenders take turns, so
@@ -11,16 +11,13 @@ installed.
 
 import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 import torchvision
-from torchvision import transforms as T
 from torchvision.transforms.functional import to_pil_image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.plain import PilViews
 from data.augment import BLUR_RADIUS, BLUR_SIGMA, ViewConfig, draw, make_view
 from data.datasets import CIFAR_STATS
 from data.loader import generator
@@ -43,24 +40,8 @@ def ours(images, views):
 
 def per_image(images, views):
     """torchvision's transforms on one PIL image after the other."""
-
-    def pipeline(v):
-        jitter = T.ColorJitter(v.brightness, v.contrast, v.saturation, v.hue)
-        return T.Compose(
-            [
-                T.RandomResizedCrop(v.size, (v.min_scale, 1), interpolation=T.InterpolationMode.BICUBIC),
-                T.RandomApply([jitter], v.jitter_p),
-                T.RandomGrayscale(v.grey_p),
-                *([T.RandomApply([T.GaussianBlur(TAPS, BLUR_SIGMA)], v.blur_p)] if v.blur_p else []),
-                T.RandomSolarize(128, v.solarize_p),
-                T.RandomHorizontalFlip(v.flip_p),
-                T.ToTensor(),
-                T.Normalize(*CIFAR_STATS),
-            ]
-        )
-
-    pictures, pipelines = [to_pil_image(image) for image in images], [pipeline(view) for view in views]
-    return lambda: [torch.stack([transform(picture) for picture in pictures]) for transform in pipelines]
+    pictures, transform = [to_pil_image(image) for image in images], PilViews(views, *CIFAR_STATS)
+    return lambda: [torch.stack(view) for view in zip(*map(transform, pictures))]
 
 
 def per_batch(images, views):

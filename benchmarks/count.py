@@ -11,7 +11,7 @@ and the gradients; the peak is higher by what the largest operations need for a 
 """
 
 import sys
-import time
+import timeit
 from collections import Counter
 
 import torch
@@ -58,21 +58,13 @@ class Traffic(TorchDispatchMode):
         return out
 
 
-def shortest(function):
-    """Seconds of the quickest of seven calls."""
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def speed(dtype):
-    """(FLOP/s of a product of 4096 x 4096, bytes/s of a copy of 512 MB) on the CPU."""
+    """(FLOP/s of a product of 4096 x 4096, bytes/s of a copy of 512 MB) on the CPU: the quickest of seven."""
     a, x = torch.randn(4096, 4096, dtype=dtype), torch.zeros(2**27)
     y = torch.empty_like(x)
-    return 2 * 4096**3 / shortest(lambda: a @ a), 2 * x.nbytes / shortest(lambda: y.copy_(x))
+    works = lambda: a @ a, lambda: y.copy_(x)
+    product, copy = (min(timeit.repeat(work, number=1, repeat=7)) for work in works)
+    return 2 * 4096**3 / product, 2 * x.nbytes / copy
 
 
 def build(args):

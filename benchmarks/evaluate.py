@@ -1,11 +1,7 @@
 """How long the offline protocols take on given features: 50,000 x 512 of 100 classes, 10,000 to test."""
 
 import argparse
-import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 

@@ -2,7 +2,7 @@
 a cache, and torchvision's ImageFolder with a two-crop pipeline on PIL images in a DataLoader with the
 same number of workers.
 
-    python benchmarks/loader.py --workers 2
+    python -m benchmarks.loader --workers 2
 
 The files are made up (500x375 pixels by default) and read from the page cache of the machine. Every round is
 one epoch over all of them; the contenders take turns, so that a busy machine slows them all alike, and the
@@ -13,9 +13,9 @@ project's views are its work.
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 import time
+import timeit
 from pathlib import Path
 
 import numpy as np
@@ -23,18 +23,15 @@ import torch
 import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision import transforms as T
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import main_cssl
+from benchmarks.plain import PilViews, pil_parts
 from data import augment, default_workers
-from data.augment import BLUR_RADIUS, BLUR_SIGMA, ViewConfig
+from data.augment import ViewConfig
 from data.datasets import IMAGENET_STATS, load_dataset
 from data.files import decode
 from data.loader import Loader, crop, generator
 from utils import distributed
-
-VIEWS = ((1.0, 0.0), (0.1, 0.2))  # the papers' probabilities of blur and solarising for ImageNet-100
 
 
 def make_files(root, count, width, height):
@@ -49,39 +46,15 @@ def make_files(root, count, width, height):
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(place / f"{i}.jpg", quality=90)
 
 
-def pil_parts(blur_p, solarize_p, size):
-    """One view of the usual pipeline, in four parts."""
-    v = ViewConfig(size)
-    jitter = T.RandomApply([T.ColorJitter(v.brightness, v.contrast, v.saturation, v.hue)], v.jitter_p)
-    blur = T.RandomApply([T.GaussianBlur(2 * BLUR_RADIUS + 1, BLUR_SIGMA)], blur_p)
-    return {
-        "crop": [T.RandomResizedCrop(size, (v.min_scale, 1), interpolation=T.InterpolationMode.BICUBIC)],
-        "colour": [jitter, T.RandomGrayscale(v.grey_p)],
-        "blur": [blur],
-        "rest": [
-            T.RandomSolarize(128, solarize_p),
-            T.RandomHorizontalFlip(v.flip_p),
-            T.ToTensor(),
-            T.Normalize(*IMAGENET_STATS),
-        ],
-    }
-
-
-class TwoViews:
-    """torchvision's transforms, twice on one PIL image."""
-
-    def __init__(self, size):
-        self.pipelines = [
-            T.Compose([f for part in pil_parts(*p, size).values() for f in part]) for p in VIEWS
-        ]
-
-    def __call__(self, image):
-        return [pipeline(image) for pipeline in self.pipelines]
+def configs(size):
+    """The papers' views of ImageNet-100."""
+    return [ViewConfig(size, blur_p=blur, solarize_p=solarize) for blur, solarize in ((1.0, 0.0), (0.1, 0.2))]
 
 
 def theirs(root, args, device):
     """A function that runs through one epoch and returns the number of images."""
-    files = torchvision.datasets.ImageFolder(root / "train", TwoViews(args.image_size))
+    transform = PilViews(configs(args.image_size), *IMAGENET_STATS)
+    files = torchvision.datasets.ImageFolder(root / "train", transform)
     loader = DataLoader(
         files,
         args.batch_size,
@@ -102,21 +75,14 @@ def ours(root, args, device, *cache):
     flags = main_cssl.parse_arguments(["--dataset", "folder", "--data_dir", str(root), *cache])
     train = load_dataset(flags)[0]
     train.to(device)
-    views = [ViewConfig(args.image_size, blur_p=b, solarize_p=s) for b, s in VIEWS]
-    indices = torch.arange(len(train.labels))
+    indices, views = torch.arange(len(train.labels)), configs(args.image_size)
     loader = Loader(train, indices, args.batch_size, views, 0, 0, workers=args.workers)
     return lambda number: sum(len(view1) for (view1, view2), _ in loader.epoch(number))
 
 
 def seconds(function, items):
     """Milliseconds per item, the best of three runs."""
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        for item in items:
-            function(item)
-        best = min(best, time.perf_counter() - start)
-    return 1000 * best / len(items)
+    return 1000 * min(timeit.repeat(lambda: [function(x) for x in items], number=1, repeat=3)) / len(items)
 
 
 def time_parts(root, size):
@@ -129,34 +95,28 @@ def time_parts(root, size):
     boxes = (
         torch.stack(augment.draw_boxes(2, *tensors[0].shape[1:], 0.08, generator(0)), dim=1).int().tolist()
     )
-    views = [pil_parts(*p, size) for p in VIEWS]
+    views = [pil_parts(v, *IMAGENET_STATS) for v in configs(size)]
 
     def pil(part, pictures):
-        return seconds(lambda image: [[f(image) for f in view[part]] for view in views], pictures)
+        return seconds(lambda image: [view[part](image) for view in views], pictures)
 
     parts["crop"] = seconds(lambda x: [crop(x, box, size) for box in boxes], tensors), pil("crop", pictures)
     crops = torch.stack([crop(x, boxes[0], size) for x in tensors])
     pictures = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in crops]
     timed = []
-    for jitter_p, grey_p, blurs in ((0.8, 0.2, (0, 0)), (0, 0, [b for b, _ in VIEWS]), (0, 0, (0, 0))):
-        configs = [ViewConfig(size, jitter_p=jitter_p, grey_p=grey_p, blur_p=b) for b in blurs]
+    blurs = [v.blur_p for v in configs(size)]
+    for jitter_p, grey_p, blur_p in ((0.8, 0.2, (0, 0)), (0, 0, blurs), (0, 0, (0, 0))):
+        own = [ViewConfig(size, jitter_p=jitter_p, grey_p=grey_p, blur_p=b) for b in blur_p]
 
-        def both(x, configs=configs):
-            for v in configs:
+        def both(x, own=own):
+            for v in own:
                 augment.make_view(x, augment.draw(v, len(x), None, None, generator(1)), v, *IMAGENET_STATS)
 
         timed.append(seconds(both, [crops]) / len(crops))
     plain = timed[2]
     parts["colour"] = timed[0] - plain, pil("colour", pictures)
     parts["blur"] = timed[1] - plain, pil("blur", pictures)
-
-    def rest(image):
-        for view in views:
-            x = image
-            for f in view["rest"]:
-                x = f(x)
-
-    parts["flip, solarise, float, normalise"] = plain, seconds(rest, pictures)
+    parts["flip, solarise, float, normalise"] = plain, pil("rest", pictures)
     return parts
 
 

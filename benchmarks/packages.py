@@ -8,23 +8,10 @@ from itertools import repeat
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.functional import to_pil_image
+from torch.utils.data import DataLoader
 
+from benchmarks.plain import Views
 from models.resnet import build_backbone
-
-
-class Views(Dataset):
-    """Images uint8 [N, 3, H, W], each through a transform that gives its views."""
-
-    def __init__(self, images, transform):
-        self.images, self.transform = images, transform
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.transform(to_pil_image(self.images[i]))
 
 
 class Lightly:

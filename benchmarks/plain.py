@@ -9,38 +9,46 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
-from torchvision.transforms import InterpolationMode
+from torchvision import transforms as T
+from torchvision.transforms.functional import to_pil_image
 
+from data.augment import BLUR_RADIUS, BLUR_SIGMA, ViewConfig
 from models.resnet import build_backbone
 
 
-class Views(Dataset):
-    """Two views of images uint8 [N, 3, H, W], one image at a time."""
+def pil_parts(v, mean, std):
+    """The view that a ViewConfig describes, by torchvision's transforms of a PIL image, in four parts."""
+    jitter = T.ColorJitter(v.brightness, v.contrast, v.saturation, v.hue)
+    last = T.RandomSolarize(128, v.solarize_p), T.RandomHorizontalFlip(v.flip_p), T.ToTensor()
+    return {
+        "crop": T.RandomResizedCrop(v.size, (v.min_scale, 1), interpolation=T.InterpolationMode.BICUBIC),
+        "colour": T.Compose([T.RandomApply([jitter], v.jitter_p), T.RandomGrayscale(v.grey_p)]),
+        "blur": T.RandomApply([T.GaussianBlur(2 * BLUR_RADIUS + 1, BLUR_SIGMA)], v.blur_p),
+        "rest": T.Compose([*last, T.Normalize(mean, std)]),
+    }
 
-    def __init__(self, images, args):
-        self.images, draw = images.permute(0, 2, 3, 1).numpy(), transforms.RandomApply
-        size, scale = args.image_size, (args.min_scale, 1.0)
-        self.views = [
-            transforms.Compose([
-                transforms.ToPILImage(),
-                transforms.RandomResizedCrop(size, scale, interpolation=InterpolationMode.BICUBIC),
-                draw([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
-                transforms.RandomGrayscale(p=0.2),
-                draw([transforms.GaussianBlur(13, (0.1, 2.0))], p=blur),
-                transforms.RandomSolarize(128, p=solarize),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize((0.5,) * 3, (0.25,) * 3),
-            ])
-            for blur, solarize in zip(args.blur_p, args.solarize_p)
-        ]  # fmt: skip
+
+class PilViews:
+    """The views of a PIL image, one for each ViewConfig."""
+
+    def __init__(self, configs, mean, std):
+        self.pipelines = [T.Compose([*pil_parts(v, mean, std).values()]) for v in configs]
+
+    def __call__(self, image):
+        return [pipeline(image) for pipeline in self.pipelines]
+
+
+class Views(Dataset):
+    """Images uint8 [N, 3, H, W], each through a transform of PIL images that gives its views."""
+
+    def __init__(self, images, transform):
+        self.images, self.transform = images, transform
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, i):
-        return [view(self.images[i]) for view in self.views]
+        return self.transform(to_pil_image(self.images[i]))
 
 
 class Network(nn.Module):
@@ -111,7 +119,9 @@ class Plain:
             "persistent_workers": args.workers > 0,
             "pin_memory": self.fp16,
         }
-        loader = DataLoader(Views(images, args), args.batch_size, True, drop_last=True, **options)
+        views = [ViewConfig(args.image_size, args.min_scale, *p) for p in zip(args.blur_p, args.solarize_p)]
+        data = Views(images, PilViews(views, (0.5,) * 3, (0.25,) * 3))
+        loader = DataLoader(data, args.batch_size, True, drop_last=True, **options)
         self.views = (views for _ in repeat(None) for views in loader)
 
     def step(self, timed=lambda name, function: function()):

@@ -66,9 +66,8 @@ class Loader:
         """The indices int64 [N/world] of this rank for each step of an epoch, from `start` on."""
         order = torch.randperm(len(self.indices), generator=generator(self.seed, self.task, epoch))
         whole = len(order) // self.batch_size * self.batch_size
-        batches, share = self.indices[order[:whole]].view(-1, self.batch_size), self.share
-        # without `self`, which a DataLoader that has not come to its end would keep alive in a circle
-        return (batches[step % len(batches)][share] for step in range(start, self.steps))
+        batches = self.indices[order[:whole]].view(-1, self.batch_size)
+        return (batches[step % len(batches)][self.share] for step in range(start, self.steps))
 
 
 def fetcher(images, *how):
@@ -95,20 +94,20 @@ class Stream:
 
     def __init__(self, images, views, workers, skip_corrupt, training):
         self.images, self.skip_corrupt, self.training = images, skip_corrupt, training
-        self.requests = Requests()
+        self.requests = []  # of a pass: what each batch shall hold
         options = {}
         if workers:
             options = {"timeout": TIMEOUT, "persistent_workers": training}
             if sys.platform == "linux":
                 options["multiprocessing_context"] = "fork"  # the list of files is not copied
         options |= {"pin_memory": images.labels.device.type == "cuda", "generator": torch.Generator()}
-        options |= {"batch_sampler": self.requests, "collate_fn": as_it_is, "num_workers": workers}
+        options |= {"batch_size": None, "sampler": self.requests, "num_workers": workers}
         self.loader = DataLoader(Crops(images.images, views), **options)
 
     def __call__(self, requests):
         """Yields (uint8 crops [V, n, 3, S, S] on the device, labels [n]) for each request (indices, key)."""
         labels, skipped = self.images.labels, self.images.skipped
-        self.requests.next = requests
+        self.requests[:] = requests
         # workers inherit the mask: they leave signals to the main process, which could not save without them
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         batches = iter(self.loader)
@@ -126,15 +125,6 @@ class Stream:
             yield crops.to(labels.device, non_blocking=True).transpose(0, 1), y
 
 
-class Requests:
-    """The batch sampler of a DataLoader, which it asks anew for each pass: what each batch shall hold."""
-
-    next = ()
-
-    def __iter__(self):
-        return iter(self.next)
-
-
 class Crops(Dataset):
     """What a worker makes of a request (indices [n], key): uint8 [n, V, 3, S, S], the indices, and why files
     could not be read, {index: why}.
@@ -146,7 +136,7 @@ class Crops(Dataset):
     def __init__(self, files, views):
         self.files, self.views, self.side = files, views, views[0].size
 
-    def __getitems__(self, request):
+    def __getitem__(self, request):
         indices, key = request
         crops = torch.zeros(len(indices), len(self.views), 3, self.side, self.side, dtype=torch.uint8)
         if get_worker_info() is not None:
@@ -180,10 +170,6 @@ class Crops(Dataset):
             unreadable[i] = str(error)
 
 
-def as_it_is(batch):
-    return batch
-
-
 def crop(image, box, size):
     """The box (top, left, height, width) of a uint8 [3, H, W], resized: uint8 [3, size, size]. Antialiased
     bicubic."""
@@ -198,29 +184,22 @@ def centre_boxes(height, width):
     return ((height - side) / 2).floor(), ((width - side) / 2).floor(), side, side
 
 
-def evaluation_share(count, process):
-    """The slice of `count` images that this rank evaluates: whole batches, so that all ranks together compute
-    what one does."""
-    batches, world = -(-count // EVALUATION_BATCH), process.world
-    ends = (i * batches // world * EVALUATION_BATCH for i in (process.rank, process.rank + 1))
-    return slice(*(min(end, count) for end in ends))
-
-
 def evaluation_batches(args, process, images, epoch=None):
     """Yields (float [n, 3, S, S], labels [n]; -1 for none) of this rank's share of an ImageSet, in order.
     Images are plain, resized where they are of another size; or, in an epoch of a linear probe, random
     resized crops (0.08-1), perhaps mirrored, as in the papers' offline linear evaluation."""
     view = augment.ViewConfig(args.image_size, jitter_p=0.0, grey_p=0.0)
     key = None if epoch is None else (args.seed, PROBED, epoch)
-    share = evaluation_share(len(images.labels), process)
-    if share.start == share.stop:
+    batches = torch.arange(len(images.labels)).split(EVALUATION_BATCH)
+    # each rank has whole batches, so that all ranks together compute what one does
+    first, last = (i * len(batches) // process.world for i in (process.rank, process.rank + 1))
+    if not (batches := batches[first:last]):
         return
-    batches = torch.arange(share.start, share.stop).split(EVALUATION_BATCH)
     fetch = fetcher(images, [view], args.workers, args.skip_corrupt, False)
     title = "evaluating" if epoch is None else f"probe epoch {epoch}"
     shown = fetch((batch, key) for batch in batches)
     shown = bar(shown, desc=title, total=len(batches), unit="batch", leave=False, disable=not process.main)
-    for number, (pixels, y) in enumerate(shown, share.start // EVALUATION_BATCH):
+    for number, (pixels, y) in enumerate(shown, first):
         x = next(iter(pixels))
         if key is not None:
             params = augment.draw(view, len(x), *fetch.size, generator(*key, number))

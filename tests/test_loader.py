@@ -38,7 +38,7 @@ def images(root):
 
 
 def made(images, indices=ALL, key=KEY):
-    return loader.Crops(images.images, VIEWS).__getitems__((indices, key))[0]
+    return loader.Crops(images.images, VIEWS)[indices, key][0]
 
 
 def evaluated(images, rank=0, world=1, workers=0):
@@ -88,7 +88,7 @@ def test_evaluation_sees_the_centre(images, monkeypatch):
     image = torch.zeros(3, 64, 96, dtype=torch.uint8)
     image[:, 4:60, 20:76] = 255
     centre = loader.Crops(SimpleNamespace(decode=lambda i: image), [augment.ViewConfig(56)])
-    assert (centre.__getitems__((ALL[:1], None))[0] == 255).all()
+    assert (centre[ALL[:1], None][0] == 255).all()
     monkeypatch.setattr(loader, "EVALUATION_BATCH", 10)
     x, y = map(torch.cat, zip(*evaluated(images, workers=2)))
     assert torch.equal(x, augment.normalize(made(images, key=None)[:, 0] / 255, images.mean, images.std))

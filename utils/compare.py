@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 
+import numpy as np
+
 from data import OF_TASKS, set_names
 from losses import METHODS, REGULARIZERS
 from utils import LATER
@@ -284,7 +286,7 @@ def figures(grid):
         both = cells | joint.get(caption, {})
         seeds = {name: [block["matrix"] for block in blocks] for name, blocks in both.items()}
         caption = exact(caption, [block for blocks in cells.values() for block in blocks])
-        means = {name: plots.mean_matrix(seeds[name]) for name in cells}
+        means = {name: np.mean(seeds[name], axis=0).tolist() for name in cells}
         names = set_names(next(iter(runs.values())).args.get("sequence"))
         found.append((f"Accuracy matrices, mean over seeds. {caption}", plots.plot_matrices(means, names)))
         methods, tasks = {}, max(len(matrix[0]) for matrix in means.values())
@@ -302,9 +304,9 @@ def figures(grid):
         found.append((f"Accuracy over tasks. {caption}", plots.plot_curves(curves, *labels)))
         scores = {name: [(b.get("forgetting"), b.get("plasticity")) for b in cells[name]] for name in cells}
         points = {name: [pair for pair in own if None not in pair] for name, own in scores.items()}
-        if points := {name: pairs for name, pairs in points.items() if pairs}:
+        if points := {name: tuple(zip(*pairs)) for name, pairs in points.items() if pairs}:
             what = f"Forgetting S against plasticity P. {caption}"
-            found.append((what, plots.plot_points(points, "S", "P")))
+            found.append((what, plots.plot_curves(points, "S", "P", points=True)))
     watched = {"loss": "Loss, mean of an epoch", "feature_std": "Standard deviation of projections"}
     for name, what in watched.items():
         curves = {label: run.lines("metrics.jsonl", "step", name) for label, run in runs.items()}

@@ -61,19 +61,15 @@ def plot_matrices(matrices, names=None):
     return figure
 
 
-def mean_matrix(matrices):
-    """Cell by cell."""
-    return [[sum(cell) / len(cell) for cell in zip(*rows)] for rows in zip(*matrices)]
-
-
-def plot_curves(curves, x_label, y_label):
-    """curves: {name: (x, y)}, x whole numbers."""
+def plot_curves(curves, x_label, y_label, points=False):
+    """curves: {name: (x, y)}, x whole numbers; or points, anywhere."""
     figure = Figure(figsize=(8, max(4, 0.17 * len(curves))), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     for number, (name, (x, y)) in enumerate(curves.items()):
-        style = ("-", "--", ":", "-.")[number // 10 % 4]
-        axes.plot(x, y, style, label=name, marker="o" if len(x) < 20 else None, markersize=3)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+        style = "none" if points else ("-", "--", ":", "-.")[number // 10 % 4]
+        marker = "o" if points or len(x) < 20 else None
+        axes.plot(x, y, label=name, linestyle=style, marker=marker, markersize=3)
+    axes.xaxis.get_major_locator().set_params(integer=not points)
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -113,17 +109,6 @@ def plot_tasks(matrices, names=None):
                 axes.tick_params("x", rotation=30)
     shown = [textwrap.fill(label, 30) for label in lines]
     figure.legend(lines.values(), shown, loc="outside lower center", ncols=min(4, columns + 1), fontsize=8)
-    return figure
-
-
-def plot_points(points, x_label, y_label):
-    """points: {name: [(x, y), ...]}."""
-    figure = Figure(figsize=(6, 4), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
-    for name, pairs in points.items():
-        axes.plot(*zip(*pairs), "o", label=name)
-    axes.set(xlabel=x_label, ylabel=y_label)
-    axes.legend(fontsize=7)
     return figure
 
 
