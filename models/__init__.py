@@ -18,8 +18,8 @@ def add_network_arguments(parser):
     add("--stem", choices=("auto", *STEMS), default="auto", help="first layers; auto: cifar up to 64 pixels")
     add("--image_size", type=int, help="side of the views (default: the images'; 224 if they differ in size)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    text = "autocast type (default: bf16 on CUDA, fp16 on GPUs without it, fp32 on CPU); losses are in fp32 "
-    text += "(--loss_precision)"
+    text = "autocast type (default: bf16 on CUDA, where GPUs before Ampere are faster in fp16; fp32 on CPU); "
+    text += "losses are in fp32 (--loss_precision)"
     add("--precision", choices=("fp32", "bf16", "fp16"), help=text)
     return add
 
@@ -27,9 +27,6 @@ def add_network_arguments(parser):
 def resolve_network(args, side, device):
     """Settles what these flags leave open. side: of the images, in pixels; device: that training has."""
     args.image_size = args.image_size or side
-    from torch.cuda import is_bf16_supported  # which takes seconds that --help need not wait for
-
-    half = "bf16" if is_bf16_supported(including_emulation=False) else "fp16"
-    args.precision = args.precision or (half if device.type == "cuda" else "fp32")
+    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     if args.stem == "auto":
         args.stem = "cifar" if args.image_size <= 64 else "imagenet"
