@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+import sys
 import time
 from dataclasses import replace
 from multiprocessing import get_context
@@ -151,6 +152,19 @@ def test_a_stalled_or_killed_worker_is_an_error(root, capsys, monkeypatch):
     fails(capsys, call(root, "--workers 1 --eval none"), "--data_dir")
     monkeypatch.setattr(loader.Crops, "decode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     fails(capsys, call(root, "--workers 1 --eval none"), "--workers")
+
+
+def test_a_worker_that_dies_while_another_error_is_told(root, capsys, monkeypatch):
+    """Adds nothing to the one line."""
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_SIGCHLD_handler_set", False)
+    monkeypatch.setattr(loader, "TIMEOUT", 1)
+    monkeypatch.setattr(
+        loader.Crops, "decode", lambda *_: time.sleep(2) or os.kill(os.getpid(), signal.SIGKILL)
+    )
+    fails(capsys, call(root, "--workers 1 --eval none"), "--data_dir")
+    assert not unraisable
 
 
 def test_signals_lose_nothing(root):

@@ -123,7 +123,10 @@ def report_errors(function, program):
     """The exit status of function(), or 0. What a user can mend is one line and status 2; an error that many
     ranks meet, or that ends the others, is told once, by the first of them."""
     try:
-        status = function() or 0
+        try:
+            status = function() or 0
+        finally:  # while the error still holds their iterators, which would tell of a worker's late end, too
+            end_workers()
         if dist.is_initialized():
             gc.collect()  # of DDP, which would end the group while it holds the interpreter: a deadlock
             dist.destroy_process_group()
@@ -139,8 +142,6 @@ def report_errors(function, program):
         if speaks:
             print(f"{program}: error: {message}", file=sys.stderr)
         return 1 if message is None else 2
-    finally:
-        end_workers()
 
 
 def explain(error):
