@@ -183,10 +183,10 @@ def test_signals_lose_nothing(root):
         kill(job.pid, number)
         jobs.append(job)
     for job, status, words in ((jobs[1], 143, "SIGTERM"), (failing, 2, BEE)):
-        _, error = job.communicate(timeout=30)  # until the last process that could write has ended
+        _, error = job.communicate(timeout=120)  # until the last process that could write has ended
         error = [line for line in error.splitlines() if not line.startswith("warning")]
         assert job.returncode == status and [words in line for line in error] == [True], error
-    jobs[0].communicate(timeout=30)
+    jobs[0].communicate(timeout=120)
 
 
 def test_what_is_cached(root, images):

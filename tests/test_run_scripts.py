@@ -139,12 +139,12 @@ def cluster(tmp_path):
     SIGTERM."""
     stand_ins = {
         # like SLURM's own it hands SIGUSR1 on, and at SIGTERM kills
-        "srun": 'while [[ $1 == -* ]]; do shift; done; "$@" & trap "kill -USR1 $!" USR1; '
-        'trap "kill -KILL $!" TERM\n'
-        "wait $!; wait $!",
+        "srun": "while [[ $1 == -* ]]; do shift; done; trap 'kill -USR1 $job' USR1; "
+        "trap 'kill -KILL $job' TERM\n"
+        '"$@" & job=$!\nwait $job; wait $job',
         "scontrol": f'[ "$1" = show ] && echo localhost || echo "$@" > {tmp_path}/requeued',
-        "python": f'echo $$ > {tmp_path}/pid; echo "$@" > {tmp_path}/calls; '
-        'trap "sleep 0.2; echo saved; exit 138" USR1 TERM; '
+        "python": 'trap "sleep 0.2; echo saved; exit 138" USR1 TERM; '  # before it says that it is there
+        f'echo $$ > {tmp_path}/pid; echo "$@" > {tmp_path}/calls; '
         "while sleep 0.05; do :; done",
     }
     for name, text in stand_ins.items():
@@ -170,7 +170,6 @@ def test_slurm_saves_and_requeues(cluster, tmp_path):
         while not (tmp_path / "calls").exists():
             assert job.poll() is None, job.stderr.read()
             time.sleep(0.01)
-        time.sleep(0.3)  # until Python's stand-in is ready for signals
         job.send_signal(number)
         if number == signal.SIGTERM:
             os.kill(int((tmp_path / "pid").read_text()), number)
@@ -192,7 +191,6 @@ def test_slurm_saves_and_requeues(cluster, tmp_path):
     while not (tmp_path / "calls").exists():
         assert job.poll() is None, job.stderr.read()
         time.sleep(0.01)
-    time.sleep(0.3)
     job.send_signal(signal.SIGUSR1)
     out, error = job.communicate(timeout=60)
     assert job.returncode == 138 and "== finetune-byol-seed5\nsaved" in out, (out, error)
