@@ -24,8 +24,10 @@ def test_folder_belongs_to_one_process_and_one_experiment(tmp_path, capsys):
         assert job.poll() is None, job.stderr.read()
         time.sleep(0.01)
     job.send_signal(signal.SIGSTOP)  # lest it ends before the second begins
-    fails(capsys, f"{RUN} --out_dir {folder}", str(folder))
-    job.send_signal(signal.SIGCONT)
+    try:
+        fails(capsys, f"{RUN} --out_dir {folder}", str(folder))
+    finally:
+        job.send_signal(signal.SIGCONT)
     assert job.wait() == 0
     fails(capsys, f"{RUN} --out_dir {folder} --moco_tau 0.3", "--moco_tau")
     before = outcome(folder)
