@@ -154,7 +154,7 @@ def test_a_stalled_or_killed_worker_is_an_error(root, capsys, monkeypatch):
 
 
 def test_an_error_is_told_once_workers_have_ended(root, capsys, monkeypatch):
-    """PyTorch's handler of SIGCHLD would tell of their end, too, once the error lets go of their iterators."""
+    """PyTorch's handler of SIGCHLD would tell of their end too once the error lets go of their iterators."""
     handlers, explain = [], distributed.explain
     note = lambda error: handlers.append(signal.getsignal(signal.SIGCHLD)) or explain(error)  # noqa: E731
     monkeypatch.setattr(distributed, "explain", note)
