@@ -107,7 +107,8 @@ class Stream:
     def __call__(self, requests):
         """Yields (uint8 crops [V, n, 3, S, S] on the device, labels [n]) for each request (indices, key)."""
         labels, skipped = self.images.labels, self.images.skipped
-        self.requests[:] = requests
+        # tensors would be handed over by a thread of this process, which complains where a worker has gone
+        self.requests[:] = ((indices.numpy(), key) for indices, key in requests)
         # workers inherit the mask: they leave signals to the main process, which could not save without them
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         batches = iter(self.loader)
@@ -137,7 +138,7 @@ class Crops(Dataset):
         self.files, self.views, self.side = files, views, views[0].size
 
     def __getitem__(self, request):
-        indices, key = request
+        indices, key = torch.as_tensor(request[0]), request[1]
         crops = torch.zeros(len(indices), len(self.views), 3, self.side, self.side, dtype=torch.uint8)
         if get_worker_info() is not None:
             crops.share_memory_()  # so that it reaches the main process without a copy

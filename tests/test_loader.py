@@ -3,9 +3,10 @@
 import os
 import pickle
 import signal
+import threading
 import time
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_sharer
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -163,6 +164,13 @@ def test_an_error_is_told_once_workers_have_ended(root, capsys, monkeypatch):
     monkeypatch.setattr(loader.Crops, "decode", lambda *_: time.sleep(10))
     fails(capsys, call(root, "--workers 1 --eval none"), "--data_dir")
     assert handlers == [signal.SIG_DFL]
+
+
+def test_no_thread_hands_over_what_a_worker_shall_read(images):
+    """It would print a traceback where the worker has been ended."""
+    resource_sharer.stop()
+    assert evaluated(images, workers=1)
+    assert not [thread for thread in threading.enumerate() if "_serve" in thread.name]
 
 
 def test_signals_lose_nothing(root):

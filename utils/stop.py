@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -12,6 +13,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 def end_workers():
     """Of processes that decode images, for which the interpreter would wait."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's takes the end of a worker for an error
+    threading.excepthook = lambda _: None  # and its thread that pins memory may have been taking a batch
     for worker in multiprocessing.active_children():
         worker.kill()
 
