@@ -21,6 +21,7 @@ from utils.stop import SIGNALS, Stop
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 CPU = Process(torch.device("cpu"))
+HANDLERS = {number: signal.getsignal(number) for number in SIGNALS}  # pytest's
 BASE = "--backbone resnet10 --width 4 --image_size 8 --batch_size 32 --epochs 2 --log_every 3 --eval knn"
 BASE += " --device cpu"
 mp.get_context("forkserver").set_forkserver_preload(["main_cssl"])  # imported once for all
@@ -48,7 +49,8 @@ def settled(extra="", method="moco", process=CPU):
 
 
 def run(flags, script=main_cssl):
-    """Runs the script's main in this process; its exit status. Flags are one string."""
+    """Runs the script's main in this process, and leaves it its own handlers of signals; its exit status.
+    Flags are one string."""
     words = flags.split() + ["--device", "cpu"] * (script is main_linear)
     try:
         args = script.parse_arguments(words)
@@ -56,6 +58,9 @@ def run(flags, script=main_cssl):
         return distributed.report_errors(lambda: script.main(args, other), "program")
     except SystemExit as ended:
         return ended.code
+    finally:
+        for number, handler in HANDLERS.items():
+            signal.signal(number, handler)
 
 
 def fails(capsys, flags, *names, script=main_cssl):
@@ -151,10 +156,7 @@ def crash(monkeypatch, flags, when):
 
 @pytest.fixture(autouse=True)
 def _as_found():
-    """One thread, here and in ENVIRONMENT, so that all processes of a test compute the same bits; and
-    pytest's signals back."""
+    """One thread, here and in ENVIRONMENT, so that all processes of a test compute the same bits; and no
+    handler of a run's signals, which pools of processes that a test makes would inherit and never end."""
     torch.set_num_threads(1)
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    assert HANDLERS == {number: signal.getsignal(number) for number in SIGNALS}

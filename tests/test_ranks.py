@@ -12,13 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import trees
-from conftest import CPU, TINY, Crash, arguments, free_port, run, settled, start_ranks
+from conftest import CPU, TINY, Crash, arguments, fails, free_port, run, settled, start_ranks
 
 import main_cssl
 import main_linear
 from losses import METHODS, REGULARIZERS
 from models.parallel import CrossRankBatchNorm
-from utils import UserError, evaluate
+from utils import UserError, distributed, evaluate
 from utils.distributed import Process
 from utils.optim import build_optimizer
 
@@ -272,3 +272,14 @@ def test_unreadable_images(tmp_path):
     start_ranks(rank_run, 2, free_port(), flags, "main_cssl", tmp_path / "log")
     assert "2 images could not be read" in (tmp_path / "log").read_text()
     assert len(json.loads((tmp_path / "run" / "results.json").read_text())["matrix"]) == 1
+
+
+def test_restarts_need_a_store_of_their_own(capsys, monkeypatch):
+    """torch's, which processes that are started again share, still holds the addresses of the dead."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    told = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
+    told |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_MAX_RESTARTS": 3}
+    for name, value in told.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(distributed, "store", None)  # and again afterwards
+    fails(capsys, TINY, "--max-restarts", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")

@@ -114,6 +114,10 @@ def start(device):
         except (ValueError, dist.DistError) as error:
             why = str(error).splitlines()[0]
             raise UserError(f"the processes of WORLD_SIZE do not meet ({why}): use torchrun") from error
+        kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the store, with all addresses in it
+        if kept and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+            why = "processes that torchrun starts again would wait for those that have gone"
+            raise UserError(f"--max-restarts: {why}; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 first")
         backend, group = "nccl" if cuda else "gloo", dist.PrefixStore("group", store)
         dist.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=TIMEOUT)
     return Process(torch.device("cuda", local) if cuda else torch.device("cpu"), rank, max(world, 1))
