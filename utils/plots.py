@@ -14,6 +14,7 @@ def save(figure, stem):
     for suffix in ("pdf", "png"):
         content = io.BytesIO()
         figure.savefig(content, format=suffix)
+        figure.set_layout_engine("none")  # stays as it is, since to find it takes longer than to draw
         stem.with_name(f"{stem.name}.{suffix}").write_bytes(content.getvalue())
     return content.getvalue()
 

@@ -292,8 +292,8 @@ class Run:
         names = self.data["tasks"] if self.args.scenario == "domain" else None
         names = set_names(self.args.sequence) or names  # of joint training, too
         figure = plot_matrix(block["matrix"], f"{title}{scores['average_accuracy']:.2f} %", names)
-        writer.add_figure(picture, figure, self.global_step)
         save(figure, self.folder / picture)
+        writer.add_figure(picture, figure, self.global_step)
         # against the number of tasks trained, so that forgetting is a curve
         tag = picture.replace("accuracy_matrix", "accuracy")
         for number, accuracy in enumerate(block["matrix"][-1]):
