@@ -11,13 +11,13 @@ installed.
 
 import argparse
 import statistics
-import time
 
 import torch
 import torchvision
 from torchvision.transforms.functional import to_pil_image
 
 from benchmarks.plain import PilViews
+from benchmarks.step import in_turn
 from data.augment import BLUR_RADIUS, BLUR_SIGMA, ViewConfig, draw, make_view
 from data.datasets import CIFAR_STATS
 from data.loader import generator
@@ -81,15 +81,10 @@ def main():
     if kornia:
         contenders["kornia"] = per_batch(images, views)
 
-    seconds = {name: [] for name in contenders}
     with torch.inference_mode():
-        for repeat in range(args.repeats + 1):
-            for name, run in contenders.items():
-                start = time.perf_counter()
-                assert all(view.shape == images.shape for view in run())
-                if repeat:  # the first one warms up
-                    seconds[name].append(time.perf_counter() - start)
-    rate = {name: 2 * args.batch_size / statistics.median(s) for name, s in seconds.items()}
+        assert all(view.shape == images.shape for run in contenders.values() for view in run())
+        times = in_turn(images.device, contenders, args.repeats)
+    rate = {name: 2 * args.batch_size / statistics.median(found) for name, found in times.items()}
     print(
         f"batch {args.batch_size}, {args.size}x{args.size}, blur {args.blur_p:g}, median of {args.repeats} "
         "repeats, one core"

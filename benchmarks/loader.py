@@ -11,11 +11,12 @@ project's views are its work.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import tempfile
-import time
 import timeit
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader
 
 import main_cssl
 from benchmarks.plain import PilViews, pil_parts
+from benchmarks.step import in_turn
 from data import augment, default_workers
 from data.augment import ViewConfig
 from data.datasets import IMAGENET_STATS, load_dataset
@@ -52,23 +54,13 @@ def configs(size):
 
 
 def theirs(root, args, device):
-    """A function that runs through one epoch and returns the number of images."""
+    """A function that runs through one epoch."""
     transform = PilViews(configs(args.image_size), *IMAGENET_STATS)
     files = torchvision.datasets.ImageFolder(root / "train", transform)
-    loader = DataLoader(
-        files,
-        args.batch_size,
-        shuffle=True,
-        num_workers=args.workers,
-        drop_last=True,
-        persistent_workers=args.workers > 0,
-        pin_memory=device.type == "cuda",
-    )
-
-    def epoch(number):
-        return sum(len([v.to(device, non_blocking=True) for v in views][-1]) for views, _ in loader)
-
-    return epoch
+    workers = {"num_workers": args.workers, "persistent_workers": args.workers > 0}
+    pinned = device.type == "cuda"
+    loader = DataLoader(files, args.batch_size, True, drop_last=True, pin_memory=pinned, **workers)
+    return lambda: deque((v.to(device, non_blocking=True) for views, _ in loader for v in views), 0)
 
 
 def ours(root, args, device, *cache):
@@ -77,7 +69,8 @@ def ours(root, args, device, *cache):
     train.to(device)
     indices, views = torch.arange(len(train.labels)), configs(args.image_size)
     loader = Loader(train, indices, args.batch_size, views, 0, 0, workers=args.workers)
-    return lambda number: sum(len(view1) for (view1, view2), _ in loader.epoch(number))
+    epochs = itertools.count()
+    return lambda: deque(loader.epoch(next(epochs)), 0)
 
 
 def seconds(function, items):
@@ -141,15 +134,7 @@ def main():
             "this project": ours(root, args, device),
             "this project, --cache DIR": ours(root, args, device, "--cache", f"{folder}/cache"),
         }
-        rates = {name: [] for name in contenders}
-        for number in range(args.rounds + 1):
-            for name, epoch in contenders.items():
-                start = time.perf_counter()
-                count = epoch(number)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                if number:  # the first one starts the workers
-                    rates[name].append(count / (time.perf_counter() - start))
+        times = in_turn(device, contenders, args.rounds)  # a round before starts the workers
         parts = time_parts(root, args.image_size)
     print(
         f"{args.images} JPEG files of {args.width}x{args.height}, two views of {args.image_size} px, batch "
@@ -160,9 +145,10 @@ def main():
         f"{device.type}, {args.rounds} rounds"
     )
     print(f"torch {torch.__version__}, torchvision {torchvision.__version__}")
-    base = statistics.median(rates["ImageFolder, PIL, DataLoader"])
-    for name, values in rates.items():
-        print(f"{name:32}{statistics.median(values):8.0f} images/s{statistics.median(values) / base:7.2f}x")
+    count = args.images // args.batch_size * args.batch_size
+    rates = {name: count / statistics.median(found) for name, found in times.items()}
+    for name, rate in rates.items():
+        print(f"{name:32}{rate:8.0f} images/s{rate / rates['ImageFolder, PIL, DataLoader']:7.2f}x")
     print(f"\n{'ms per image, one core':36}{'this project':>14}{'PIL':>8}")
     for name, (own, pil) in parts.items():
         print(f"{name:36}{own:14.2f}{pil:8.2f}")

@@ -4,13 +4,11 @@ DataLoader workers, fp16 with a gradient scaler on CUDA, else fp32. lightly has 
 against fine-tuning."""
 
 import copy
-from itertools import repeat
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
-from benchmarks.plain import Views
+from benchmarks.plain import Views, endless
 from models.resnet import build_backbone
 
 
@@ -33,10 +31,8 @@ class Lightly:
         self.optimizer = torch.optim.SGD(self.student.parameters(), rate, 0.9, weight_decay=args.weight_decay)
         self.device, self.fp16 = device, device.type == "cuda"
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.fp16)
-        options = {"num_workers": args.workers, "persistent_workers": args.workers > 0, "drop_last": True}
         transform = MoCoV2Transform(input_size=size, min_scale=args.min_scale, gaussian_blur=args.blur_p[0])
-        loader = DataLoader(Views(images, transform), args.batch_size, True, pin_memory=self.fp16, **options)
-        self.views = (views for _ in repeat(None) for views in loader)
+        self.views = endless(Views(images, transform), args, device)
 
     def step(self, timed=lambda name, function: function()):
         """timed: called with each part's name and what it does, whose result it returns."""

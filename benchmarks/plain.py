@@ -38,6 +38,14 @@ class PilViews:
         return [pipeline(image) for pipeline in self.pipelines]
 
 
+def endless(dataset, args, device):
+    """Batches of views in DataLoader workers, one epoch after the other."""
+    workers = {"num_workers": args.workers, "persistent_workers": args.workers > 0}
+    pinned = device.type == "cuda"
+    loader = DataLoader(dataset, args.batch_size, True, drop_last=True, pin_memory=pinned, **workers)
+    return (views for _ in repeat(None) for views in loader)
+
+
 class Views(Dataset):
     """Images uint8 [N, 3, H, W], each through a transform of PIL images that gives its views."""
 
@@ -114,15 +122,8 @@ class Plain:
         self.optimizer = LARS([p for p in self.network.parameters() if p.requires_grad], **rate)
         self.fp16 = device.type == "cuda"
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.fp16)
-        options = {
-            "num_workers": args.workers,
-            "persistent_workers": args.workers > 0,
-            "pin_memory": self.fp16,
-        }
         views = [ViewConfig(args.image_size, args.min_scale, *p) for p in zip(args.blur_p, args.solarize_p)]
-        data = Views(images, PilViews(views, (0.5,) * 3, (0.25,) * 3))
-        loader = DataLoader(data, args.batch_size, True, drop_last=True, **options)
-        self.views = (views for _ in repeat(None) for views in loader)
+        self.views = endless(Views(images, PilViews(views, (0.5,) * 3, (0.25,) * 3)), args, device)
 
     def step(self, timed=lambda name, function: function()):
         """timed: called with each part's name and what it does, whose result it returns."""

@@ -110,15 +110,14 @@ def middle(values):
     return median, 100 * (high - low) / median
 
 
-def step_times(trials, rounds, steps):
-    """{name: seconds of a step in each round}, of trials by name, some steps of each in turn. After those of
-    others their workers fill their queues, out of which the first steps of the next turn have their views for
-    nothing."""
-    times = {name: [] for name in trials}
+def in_turn(device, contenders, rounds):
+    """{name: seconds in each round}, of functions by name that take turns, so that a busy machine slows them
+    all alike; a round before warms up. After steps of others their workers fill their queues, out of which
+    the first steps of the next turn have their views for nothing."""
+    times = {name: [] for name in contenders}
     for _ in range(rounds + 1):
-        for name, trial in trials.items():
-            spent, _ = seconds(trial.device, lambda trial=trial: [trial.step() for _ in range(steps)])
-            times[name].append(spent / steps)
+        for name, function in contenders.items():
+            times[name].append(seconds(device, function)[0])
             time.sleep(REFILL if name in OTHERS else 0)
     return {name: found[1:] for name, found in times.items()}
 
@@ -173,7 +172,11 @@ def main(flags):
     print(setting)
     shown = (args.regularizer, *["finetune"] * ("lightly" in own.against), *own.against)
     table = {name: median_parts(trials[name], own.rounds) for name in shown}
-    times = step_times(trials, own.rounds, own.steps)
+    some = {
+        name: lambda trial=trial: [trial.step() for _ in range(own.steps)] for name, trial in trials.items()
+    }
+    times = in_turn(process.device, some, own.rounds)
+    times = {name: [spent / own.steps for spent in found] for name, found in times.items()}
     ratios = report(args, table, times)
     if own.json:
         with open(own.json, "w") as file:

@@ -9,6 +9,7 @@ folders that are new. What no part accounts for, the shell's share too, is start
 
 import importlib
 import json
+import operator
 import os
 import runpy
 import shlex
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -45,17 +47,16 @@ class Clock:
         self.spent[self.parts[-1]] += now - self.last
         self.last = now
 
-    def timed(self, part, function):
-        def wrapper(*args, **kwargs):
+    @contextmanager
+    def timed(self, part):
+        """For a with statement, or as a decorator."""
+        self.turn()
+        self.parts.append(part)
+        try:
+            yield
+        finally:
             self.turn()
-            self.parts.append(part)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.turn()
-                self.parts.pop()
-
-        return wrapper
+            self.parts.pop()
 
 
 def inside(words):
@@ -66,16 +67,14 @@ def inside(words):
     clock, sys.argv = Clock(), words[1:] if words[0] == "-m" else words
     try:
         if words[0] == "-m":
-            module = clock.timed("pictures and report", runpy.run_module)
-            module(words[1], run_name="__main__", alter_sys=True)
+            with clock.timed("pictures and report"):
+                runpy.run_module(words[1], run_name="__main__", alter_sys=True)
             return 0
         program = importlib.import_module(Path(words[0]).stem)
         for name, part in WATCHED.items():
-            *path, last = name.split(".")
-            owner = program
-            for attribute in path:
-                owner = getattr(owner, attribute)
-            setattr(owner, last, clock.timed(part, getattr(owner, last)))
+            path, _, last = name.rpartition(".")
+            owner = operator.attrgetter(path)(program) if path else program
+            setattr(owner, last, clock.timed(part)(getattr(owner, last)))
         args, stop = program.parse_arguments(), program.Stop(words[0])
         return program.distributed.report_errors(lambda: program.main(args, stop), words[0])
     finally:

@@ -4,6 +4,7 @@ DATASETS."""
 import copy
 import zlib
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -110,17 +111,8 @@ def textured_digits(split, args):
     return replace(plain, images=images, mean=TEXTURED_STATS[0], std=TEXTURED_STATS[1])
 
 
-def cifar10(split, args):
-    """CIFAR-10 (Krizhevsky, 2009), from torchvision's files or from class folders."""
-    return _cifar("CIFAR10", split, args)
-
-
-def cifar100(split, args):
-    """CIFAR-100 (Krizhevsky, 2009), from torchvision's files or from class folders."""
-    return _cifar("CIFAR100", split, args)
-
-
 def _cifar(name, split, args):
+    """CIFAR-10 and CIFAR-100 (Krizhevsky, 2009), from torchvision's files or from class folders."""
     root = Path(args.data_dir)
     if (root / "train").is_dir() or (root / "test").is_dir():
         names, labels, classes = list_classes(root / split)
@@ -129,6 +121,9 @@ def _cifar(name, split, args):
     files = _torchvision(name, args, form, train=split == "train")
     images = torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous()
     return ImageSet(images, torch.tensor(files.targets), files.classes, *CIFAR_STATS)
+
+
+cifar10, cifar100 = partial(_cifar, "CIFAR10"), partial(_cifar, "CIFAR100")
 
 
 def svhn(split, args):

@@ -35,8 +35,8 @@ def test_each_moment_counts_once(monkeypatch):
     now = iter(range(0, 100, 10))
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
     clock = wall.Clock()
-    inner = clock.timed("training", lambda: None)
-    clock.timed("data", inner)()
+    inner = clock.timed("training")(lambda: None)
+    clock.timed("data")(inner)()
     assert clock.spent == {"start-up": 10, "data": 20, "training": 10}
     picture = wall.draw({"a": dict.fromkeys(wall.PARTS, 1.0)})
     assert len(picture.axes[0].patches) == len(wall.PARTS)
