@@ -252,7 +252,7 @@ def build_learner(args, process, probe=None):
     regularizer, online = find(args.regularizer)(args), None
     if args.online_probe != "off":
         online = OnlineProbe(method.backbone.feature_dim, len(probe.classes), args.online_probe)
-    learner = Learner(method, regularizer, online, DTYPES[args.precision])
+    learner = Learner(method, regularizer, online, DTYPES[args.precision], args.compile)
     return learner.to(process.device, memory_format=torch.channels_last)
 
 

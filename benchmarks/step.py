@@ -154,6 +154,8 @@ def main(flags):
     args = main_cssl.parse_arguments(flags)
     if own.against and (args.method, args.regularizer) != ("moco", "pnr"):
         parser.error("--against: with --method moco --regularizer pnr, the default")
+    if args.precision == "fp16":
+        parser.error("--precision fp16: its scaling of the loss is not timed here: bf16, fp32")
     torch.set_float32_matmul_precision(main_cssl.PRECISIONS[args.loss_precision])
     shape = (4 * args.batch_size, 3, *[args.image_size or 32] * 2)
     pixels, labels = torch.randint(0, 256, shape, dtype=torch.uint8), torch.zeros(shape[0], dtype=torch.int64)

@@ -38,18 +38,18 @@ class Learner(nn.Module):
     """Method, regulariser and online probe (or None) together: the module that DDP wraps and that last.pt
     holds."""
 
-    def __init__(self, method, regularizer, online=None, autocast_dtype=None):
+    def __init__(self, method, regularizer, online=None, autocast_dtype=None, compiled=False):
         super().__init__()
         regularizer.check(method)
         self.method, self.regularizer, self.online = method, regularizer, online
-        self.autocast_dtype = autocast_dtype
+        self.autocast_dtype, self.compiled = autocast_dtype, compiled
 
     def begin_task(self, task, device, loader=None):
         """Fits the module to the task; the random parts come from torch's seed. loader: the task's own."""
         self.regularizer.begin_task(task, self.method, loader)
         self.to(device)
         if world_size() > 1:
-            sync_batch_norms(self, device)
+            sync_batch_norms(self, device, self.compiled)
         self.train()
 
     def forward(self, view1, view2, labelled=None):

@@ -54,8 +54,8 @@ class _AllReduce(torch.autograd.Function):
 
 
 class CrossRankBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the batch of all ranks on any device, for where torch's SyncBatchNorm (CUDA only) does
-    not go."""
+    """Batch norm over the batch of all ranks on any device, for where torch's SyncBatchNorm does not go: on a
+    CPU, and into one graph of torch.compile."""
 
     def _check_input_dim(self, x):
         pass
@@ -81,10 +81,10 @@ class CrossRankBatchNorm(nn.modules.batchnorm._BatchNorm):
         return y.to(x.dtype)
 
 
-def sync_batch_norms(module, device):
+def sync_batch_norms(module, device, compiled):
     """Makes every batch norm of the module, in place, see the batch of all ranks; its state_dict keeps its
     keys."""
-    if device.type == "cuda":
+    if device.type == "cuda" and not compiled:
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for parent in module.modules():
         for child in parent.children():

@@ -17,9 +17,9 @@ from conftest import CPU, TINY, Crash, arguments, fails, free_port, run, settled
 import main_cssl
 import main_linear
 from losses import METHODS, REGULARIZERS
-from models.parallel import CrossRankBatchNorm
+from models.parallel import CrossRankBatchNorm, sync_batch_norms
 from utils import UserError, distributed, evaluate
-from utils.distributed import Process
+from utils.distributed import Process, explain
 from utils.optim import build_optimizer
 
 BATCH, STEPS = 12, 3
@@ -283,3 +283,30 @@ def test_restarts_need_a_store_of_their_own(capsys, monkeypatch):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(distributed, "store", None)  # and again afterwards
     fails(capsys, TINY, "--max-restarts", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
+
+
+@pytest.mark.parametrize(
+    "device, compiled, torchs", [("cpu", 0, 0), ("cpu", 1, 0), ("cuda", 0, 1), ("cuda", 1, 0)]
+)
+def test_kinds_of_batch_norm(device, compiled, torchs):
+    """Torch's own would break a compiled graph, and needs CUDA; the state's names stay."""
+    plain = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Sequential(torch.nn.BatchNorm2d(4)))
+    names = [*plain.state_dict()]
+    norm = sync_batch_norms(plain, torch.device(device), compiled)[1][0]
+    assert type(norm) is (torch.nn.SyncBatchNorm if torchs else CrossRankBatchNorm)
+    assert [*plain.state_dict()] == names
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:2000",
+        "NCCL error: remote process exited or there was a network error",
+        "socketProgress: Connection closed by remote peer node7<4000>",
+        "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+    ],
+)
+def test_a_lost_process_is_told(words):
+    """Whichever of the libraries meets its end first."""
+    assert "the same command again" in explain(RuntimeError(words))
+    assert explain(RuntimeError("shapes differ")) is None

@@ -18,15 +18,14 @@ TIMEOUT = timedelta(hours=12)  # rank 0 may decode a data set before the others
 AGAIN = "what was saved is safe: the same command again goes on"
 MEMORY = "out of memory: lower --batch_size, --image_size, --width or the size of queue or heads"
 KILLED = "a worker process that decodes images was killed, as a system out of memory does, or a container"
+ENDED = "another process of this run ended without a word"
+LOST = "closed by peer", "closed by remote peer", "likely closed", "reset by peer", "remote process exited"
 KNOWN_ERRORS = {  # words of RuntimeErrors, and what they mean
     "DataLoader timed out": f"no images came for minutes: does the disk of --data_dir answer? {AGAIN}",
     "DataLoader worker": f"{KILLED} out of shared memory: lower --workers or --batch_size; {AGAIN}",
     **dict.fromkeys(OUT_OF_MEMORY, MEMORY),
     "InvalidCxxCompiler": "--compile needs a C++ compiler on a CPU: install g++, or leave --compile out",
-    **dict.fromkeys(
-        ("closed by peer", "reset by peer", "remote process exited"),
-        f"another process of this run ended without a word: was it killed, or did its machine fail? {AGAIN}",
-    ),
+    **dict.fromkeys(LOST, f"{ENDED}: was it killed, or did its machine fail? {AGAIN}"),
 }
 store = None  # where the processes met
 
@@ -46,10 +45,10 @@ class Process:
     def rank0_first(self, function):
         """The function's result, on rank 0 before the others, so that these find the files that it writes."""
         if not self.main:
-            dist.barrier()
+            self.collect(None)  # NCCL's barrier would guess this rank's device
         result = function()
-        if self.main and self.world > 1:
-            dist.barrier()
+        if self.main:
+            self.collect(None)
         return result
 
     def collect(self, x):

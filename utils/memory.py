@@ -7,7 +7,8 @@ import torch
 
 from utils import UserError
 
-OUT_OF_MEMORY = "can't allocate memory", "CUDA out of memory", "ALLOC_FAILED"  # words of RuntimeErrors
+# words of RuntimeErrors
+OUT_OF_MEMORY = "can't allocate memory", "CUDA out of memory", "CUDA error: out of memory", "ALLOC_FAILED"
 
 
 @contextmanager
