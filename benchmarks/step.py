@@ -112,7 +112,7 @@ def middle(values):
 
 def in_turn(device, contenders, rounds):
     """{name: seconds in each round}, of functions by name that take turns, so that a busy machine slows them
-    all alike; a round before warms up. After steps of others their workers fill their queues, out of which
+    all alike; a round before warms up. After steps of OTHERS their workers fill their queues, out of which
     the first steps of the next turn have their views for nothing."""
     times = {name: [] for name in contenders}
     for _ in range(rounds + 1):
@@ -155,7 +155,7 @@ def main(flags):
     if own.against and (args.method, args.regularizer) != ("moco", "pnr"):
         parser.error("--against: with --method moco --regularizer pnr, the default")
     if args.precision == "fp16":
-        parser.error("--precision fp16: its scaling of the loss is not timed here: bf16, fp32")
+        parser.error("--precision fp16: its scaling of the loss is not timed here: use bf16 or fp32")
     torch.set_float32_matmul_precision(main_cssl.PRECISIONS[args.loss_precision])
     shape = (4 * args.batch_size, 3, *[args.image_size or 32] * 2)
     pixels, labels = torch.randint(0, 256, shape, dtype=torch.uint8), torch.zeros(shape[0], dtype=torch.int64)
@@ -174,10 +174,8 @@ def main(flags):
     print(setting)
     shown = (args.regularizer, *["finetune"] * ("lightly" in own.against), *own.against)
     table = {name: median_parts(trials[name], own.rounds) for name in shown}
-    some = {
-        name: lambda trial=trial: [trial.step() for _ in range(own.steps)] for name, trial in trials.items()
-    }
-    times = in_turn(process.device, some, own.rounds)
+    turn = lambda trial: lambda: [trial.step() for _ in range(own.steps)]  # noqa: E731
+    times = in_turn(process.device, {name: turn(trial) for name, trial in trials.items()}, own.rounds)
     times = {name: [spent / own.steps for spent in found] for name, found in times.items()}
     ratios = report(args, table, times)
     if own.json:

@@ -55,7 +55,7 @@ class _AllReduce(torch.autograd.Function):
 
 class CrossRankBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over the batch of all ranks on any device, for where torch's SyncBatchNorm does not go: on a
-    CPU, and into one graph of torch.compile."""
+    CPU, and into torch.compile without a break of its graph."""
 
     def _check_input_dim(self, x):
         pass

@@ -286,14 +286,14 @@ def test_restarts_need_a_store_of_their_own(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "device, compiled, torchs", [("cpu", 0, 0), ("cpu", 1, 0), ("cuda", 0, 1), ("cuda", 1, 0)]
+    "device, compiled, of_torch", [("cpu", 0, 0), ("cpu", 1, 0), ("cuda", 0, 1), ("cuda", 1, 0)]
 )
-def test_kinds_of_batch_norm(device, compiled, torchs):
+def test_kinds_of_batch_norm(device, compiled, of_torch):
     """Torch's own would break a compiled graph, and needs CUDA; the state's names stay."""
     plain = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Sequential(torch.nn.BatchNorm2d(4)))
     names = [*plain.state_dict()]
     norm = sync_batch_norms(plain, torch.device(device), compiled)[1][0]
-    assert type(norm) is (torch.nn.SyncBatchNorm if torchs else CrossRankBatchNorm)
+    assert type(norm) is (torch.nn.SyncBatchNorm if of_torch else CrossRankBatchNorm)
     assert [*plain.state_dict()] == names
 
 

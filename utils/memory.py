@@ -7,8 +7,7 @@ import torch
 
 from utils import UserError
 
-# words of RuntimeErrors
-OUT_OF_MEMORY = "can't allocate memory", "CUDA out of memory", "CUDA error: out of memory", "ALLOC_FAILED"
+OUT_OF_MEMORY = "can't allocate memory", "out of memory", "ALLOC_FAILED"  # words of RuntimeErrors
 
 
 @contextmanager
