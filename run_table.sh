@@ -39,7 +39,7 @@ cell() {
   settings="${SMOKE:-} ${TASKS:-} ${SCENARIO:-} ${FLAGS:-} $*"
   [ "$settings" != "$(cat "$RUNS/$name/.complete" 2> /dev/null || echo none)" ] || return 0
   if [ -n "${SMOKE:-}" ]; then
-    small=(${SMALL[@]+"${SMALL[@]}"} --dataset digits --scenario class --num_tasks "${TASKS:-5}" --backbone resnet10 --width 4 --image_size 8 --epochs 1
+    small=(${SMALL[@]+"${SMALL[@]}"} --dataset digits --scenario class --num_tasks "${TASKS:-5}" --backbone resnet10 --width 8 --image_size 8 --epochs 1
             --batch_size 32 --optimizer adam --lr 1e-3 --eval knn --online_probe off --device cpu)
   fi
   echo "== $name"

@@ -14,7 +14,7 @@ def add_network_arguments(parser):
     """The flags that say what the backbone is and where it runs; returns the group's add_argument."""
     add = parser.add_argument_group("model").add_argument
     add("--backbone", choices=BACKBONES, default="resnet18")
-    add("--width", type=int, default=64, help="base channels; 16 teaches and tests quickly")
+    add("--width", type=int, default=64, help="base channels, from 8; 16 teaches and tests quickly")
     add("--stem", choices=("auto", *STEMS), default="auto", help="first layers; auto: cifar up to 64 pixels")
     add("--image_size", type=int, help="side of the views (default: the images'; 224 if they differ in size)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -22,14 +22,15 @@ ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 CPU = Process(torch.device("cpu"))
 HANDLERS = {number: signal.getsignal(number) for number in SIGNALS}  # pytest's
-BASE = "--backbone resnet10 --width 4 --image_size 8 --batch_size 32 --epochs 2 --log_every 3 --eval knn"
+BASE = "--backbone resnet10 --width 8 --image_size 8 --batch_size 32 --epochs 2 --log_every 3 --eval knn"
 BASE += " --device cpu"
 mp.get_context("forkserver").set_forkserver_preload(["main_cssl"])  # imported once for all
 
 
 def tiny(method):
-    """Flags of a tiny run on digits with that method."""
-    return f"{BASE} --method {method} {find(method).small}"
+    """Flags of a tiny run on digits with that method; under LARS at a rate at which none collapses."""
+    rate = "--lr 0.2" if find(method).optimizer == "lars" else ""
+    return f"{BASE} --method {method} {find(method).small} {rate}"
 
 
 TINY = tiny("moco")
@@ -51,7 +52,7 @@ def settled(extra="", method="moco", process=CPU):
 def run(flags, script=main_cssl):
     """Runs the script's main in this process, and leaves it its own handlers of signals; its exit status.
     Flags are one string."""
-    words = flags.split() + ["--device", "cpu"] * (script is main_linear)
+    words = ["--device", "cpu"] * (script is main_linear) + flags.split()
     try:
         args = script.parse_arguments(words)
         other = words if script is main_linear else Stop("program")

@@ -13,11 +13,12 @@ from data.datasets import load_dataset
 from models.learner import Learner
 
 BAD_FLAGS = """
---dataset imagenette; --method dino; --regularizer ewc; --backbone vgg; --num_tasks 3; --epochs 0; --lr nan;
---batch_size 512 --moco_queue_size 512; --batch_size 1; --moco_queue_size 16; --moco_tau 0; --blur_p 0 1.5;
---out_dir /dev/null/run; --save_every soon; --mocoqueue 3; --seed 9999999999999999999999;
---teacher_bn eval --regularizer finetune; --cassle_weight -1 --regularizer cassle; --domain_order a b;
---moco_tau 0.2 --method byol; --pnr_pseudo_negatives main --method byol; --falcon_codes 1 --method falcon
+--dataset imagenette; --method dino; --regularizer ewc; --backbone vgg; --num_tasks 3; --epochs 0;
+--lr nan; --width 4; --batch_size 512 --moco_queue_size 512; --batch_size 1; --moco_queue_size 16;
+--moco_tau 0; --blur_p 0 1.5; --out_dir /dev/null/run; --save_every soon; --mocoqueue 3;
+--seed 9999999999999999999999; --teacher_bn eval --regularizer finetune;
+--cassle_weight -1 --regularizer cassle; --domain_order a b; --moco_tau 0.2 --method byol;
+--pnr_pseudo_negatives main --method byol; --falcon_codes 1 --method falcon
 """
 
 
@@ -53,14 +54,14 @@ def test_networks(tmp_path, bad, capsys):
     assert run(f"{TINY} --num_tasks 1 --epochs 1 --eval none --out_dir {tmp_path / 'one'}") == 0
     file, foreign = tmp_path / "one" / "task0.pt", tmp_path / "x.pt"
     torch.save({"x": torch.ones(1)}, foreign)
-    bad(f"{TINY} --num_tasks 1 --init_from {file} --width 8", str(file), "--width 8", "conv1.weight")
+    bad(f"{TINY} --num_tasks 1 --init_from {file} --width 16", str(file), "--width 16", "conv1.weight")
     bad(f"{TINY} --num_tasks 1 --init_from {file} --moco_dim 8", str(file), "projector")
     bad(f"{TINY} --num_tasks 5 --init_from {file}", str(file))  # another first task
     bad("--init_from no.pt", "no.pt")
     fails(capsys, "", "--run", "--checkpoint", script=main_linear)
     fails(capsys, f"--run {tmp_path}", "config.json", script=main_linear)
     for path in (file, foreign, tmp_path / "no.pt"):
-        fails(capsys, f"--checkpoint {path} --dataset digits --width 8", str(path), script=main_linear)
+        fails(capsys, f"--checkpoint {path} --dataset digits --width 16", str(path), script=main_linear)
 
 
 def test_domainnet(tmp_path, bad):

@@ -7,7 +7,7 @@ from conftest import arguments
 
 from benchmarks import count, step, wall
 
-SHAPE = "--backbone resnet10 --width 4 --image_size 8 --batch_size 16 --moco_queue_size 64 --moco_hidden 32"
+SHAPE = "--backbone resnet10 --width 8 --image_size 8 --batch_size 16 --moco_queue_size 64 --moco_hidden 32"
 
 
 def test_step_against_plain(tmp_path, monkeypatch):

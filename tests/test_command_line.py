@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 import trees
-from conftest import TINY, arguments, crash, fails, outcome, run, same, settled, start, tiny
+from conftest import BASE, CPU, TINY, arguments, crash, fails, outcome, run, same, settled, start, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_cssl
@@ -196,7 +196,7 @@ def test_a_run_that_is_continued(method, regularizer, tmp_path, capsys, monkeypa
         assert [json.loads(line) for line in lines[0]] == kept
     flags = f"{call} --out_dir {tmp_path / 'c'} --init_from"
     fails(capsys, f"{flags} {three} --regularizer finetune", "--regularizer")
-    fails(capsys, f"{flags} {three} --width 8", "--width")
+    fails(capsys, f"{flags} {three} --width 16", "--width")
     fails(capsys, f"{flags} {three} --seed 6", "--seed")
     fails(capsys, f"{flags} {three} --image_size 16 --start_task 2", "--image_size")
     fails(capsys, f"{flags} {three} --start_task 4", "task3.pt")
@@ -241,7 +241,9 @@ def test_products_are_in_full_precision_unless_told(tmp_path, monkeypatch):
 
 def test_settings_are_settled_once():
     """By method, regulariser, length and data, where the flags leave them open."""
-    args, _ = settled("--epochs 60", "byol")
+    args = main_cssl.parse_arguments(f"{BASE} --method byol --epochs 60".split())
+    train, _, test, tasks = main_cssl.build_data(args, CPU)
+    main_cssl.resolve(args, CPU, train, test, tasks)
     assert (args.lr, args.weight_decay, args.optimizer, args.warmup_epochs) == (1.0, 1e-5, "lars", 10)
     assert (args.lr_schedule, args.image_size, args.stem, args.precision) == ("epoch", 8, "cifar", "fp32")
     assert args.num_tasks == 5 and args.out_dir == "runs/digits-class5-byol-pnr-seed5"

@@ -198,7 +198,7 @@ def test_sequence(tmp_path, capsys):
     train, _, test = load_dataset(arguments(f"--image_size 8 --sequence {sets}"))
     assert train.domain_names == ("digits", "tall", "grey") and len(train.classes) == 15
     assert train.images.shape[2:] == (8, 8) and train.mean == load_dataset(arguments())[0].mean
-    backbone = build_backbone("resnet10", 4, "cifar")
+    backbone = build_backbone("resnet10", 8, "cifar")
     backbone.load_state_dict(torch.load(three / "task2.pt")["backbone"])
     extract = evaluate.features_of(arguments("--image_size 8 --precision fp32"), CPU, backbone)
     for domain, accuracy in enumerate(b[2]):

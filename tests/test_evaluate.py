@@ -127,7 +127,7 @@ def test_sweep_against_a_loop(monkeypatch):
 
 def test_evaluation_leaves_the_backbone_alone():
     """No tensor changes, the mode comes back, and a backbone that does change is caught."""
-    backbone, images = build_backbone("resnet10", 4, "cifar").train(), torch.randn(40, 3, 8, 8)
+    backbone, images = build_backbone("resnet10", 8, "cifar").train(), torch.randn(40, 3, 8, 8)
     batches = list(zip(images.split(16), torch.arange(40).split(16)))
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
     features, labels = evaluate.extract_features(backbone, batches)

@@ -44,7 +44,7 @@ class Golden(dict):
         """Its loss, CaSSLe's term and PNR's terms, by the regularisers' code and with the default weights."""
         contrastive = name in ("moco", "simclr")
         tau = f"--{name}_tau {self['T']} --{name}_tau_distill {self['Td']}" if contrastive else ""
-        method = find(name)(build_backbone("resnet10", 4, "cifar"), arguments(tau, name))
+        method = find(name)(build_backbone("resnet10", 8, "cifar"), arguments(tau, name))
         z, k, f, g, b = ([self[f"in_{x}{v}"].requires_grad_() for v in (1, 2)] for x in "z k zo g b".split())
         student, teacher, predicted = Outputs(z=z, k=k, q=b), Outputs(z=f), Outputs(z=g)
         if name == "moco":

@@ -126,7 +126,7 @@ def test_task_masked(folder, capsys):
     last = found["task_level"]["matrix"][-1]
     assert found["task_level"]["consolidation"] == sum(last) / 2 and found[""]["consolidation"] is None
     network = torch.load(folder / "task1.pt")["backbone"]
-    backbone = build_backbone("resnet10", 4, "cifar")
+    backbone = build_backbone("resnet10", 8, "cifar")
     backbone.load_state_dict(network)
     args, (_, probe, test, tasks) = settled("--num_tasks 2")
     extract = evaluate.features_of(args, CPU, backbone)
@@ -175,7 +175,7 @@ def test_one_network(finished, folder, tmp_path, capsys):
     assert "mean 0.3053" in capsys.readouterr().out  # as the network's own images were normalised
     fails(
         capsys,
-        f"--checkpoint {tmp_path / 'theirs.pt'} --dataset digits --width 4",
+        f"--checkpoint {tmp_path / 'theirs.pt'} --dataset digits --width 16",
         "--width",
         script=main_linear,
     )

@@ -64,8 +64,8 @@ def test_ema_update():
 @pytest.mark.parametrize("bn", ["eval", "batch"])
 def test_teacher_keeps_its_statistics(bn):
     """Whatever mode is asked of the network around it; eval uses the running statistics, batch does not."""
-    student = torch.nn.ModuleDict({"backbone": build_backbone("resnet10", 4, "cifar")})
-    student["projector"] = torch.nn.Linear(32, 5)
+    student = torch.nn.ModuleDict({"backbone": build_backbone("resnet10", 8, "cifar")})
+    student["projector"] = torch.nn.Linear(64, 5)
     for _ in range(3):
         student["backbone"](torch.randn(8, 3, 8, 8) * 3 + 1)
     teacher, x = Teacher(**student, bn=bn), torch.randn(8, 3, 8, 8)
@@ -97,7 +97,7 @@ def test_begin_task():
 
 
 def test_torchvision_layout(tmp_path):
-    backbone = build_backbone("resnet10", 4, "cifar").state_dict()
+    backbone = build_backbone("resnet10", 8, "cifar").state_dict()
     torch.save({**backbone, "fc.weight": torch.ones(10, 32), "fc.bias": torch.ones(10)}, tmp_path / "bare.pt")
     assert same(checkpoint.read_network(tmp_path / "bare.pt")["backbone"], backbone)
 
@@ -124,7 +124,7 @@ for rows, pointers in [((2, 16, 32), 1), ((2, 16, 64), 2), ((16, 64), 1), ((2, 1
 def test_foreign_checkpoint(case, tmp_path):
     """Gives the same network; a queue that does not fit starts anew, a momentum encoder is copied."""
     name, theirs, more, note = FOREIGN[case]
-    args, cifar = arguments(method=name), ("resnet10", 4, "cifar")
+    args, cifar = arguments(method=name), ("resnet10", 8, "cifar")
     source, method = (scramble(find(name)(build_backbone(*cifar), args)) for _ in range(2))
     names, state = dict(zip(PARTS, theirs.split())), source.state_dict()
     queue = {k: v.clone() for k, v in method.state_dict().items() if k.startswith("queue.")}
@@ -177,11 +177,11 @@ def test_layouts_of_others(tmp_path):
 
 def test_weights_without_projector(tmp_path, capsys):
     """Of torchvision, say: the first task is trained from them, the heads start anew; resumed, too."""
-    weights = build_backbone("resnet10", 4, "cifar").state_dict()
+    weights = build_backbone("resnet10", 8, "cifar").state_dict()
     torch.save(weights, tmp_path / "imagenet.pt")
     call = f"{TINY} --num_tasks 2 --epochs 1 --eval none --regularizer finetune --online_probe clean"
     call += f" --init_from {tmp_path / 'imagenet.pt'} --out_dir {tmp_path / 'run'}"
-    fails(capsys, f"{call} --width 8", "--width 4")
+    fails(capsys, f"{call} --width 16", "--width 8")
     assert run(f"{call} --lr 1e-9 --weight_decay 0") == 0
     assert "started anew: classifier, momentum_encoder" in capsys.readouterr().out
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -14,7 +14,7 @@ from conftest import ENVIRONMENT, ROOT
 import main_cssl
 from losses import METHODS, find
 
-SMALL = "--probe_views cached --device cpu --backbone resnet10 --width 4 --image_size 8"
+SMALL = "--probe_views cached --device cpu --backbone resnet10 --width 8 --image_size 8"
 SMALL += " --epochs 1 --batch_size 4 --moco_queue_size 16 --moco_hidden 16"
 
 
@@ -235,7 +235,7 @@ def test_table(tmp_path):
 def test_sequence(tmp_path):
     """A sequence that grows set by set, and the report with the sets' names."""
     trees.small(tmp_path / "data", classes=4, count=16)
-    flags = f"--width 4 --image_size 8 --batch_size 64 --device cpu {find('moco').small}"
+    flags = f"--width 8 --image_size 8 --batch_size 64 --device cpu {find('moco').small}"
     variables = {"PYTHON": sys.executable, "DATA": "data", "RUNS": "runs", "EPOCHS": "1 1", "JOINT": "1"}
     variables |= {"REGULARIZERS": "pnr", "FLAGS": flags}
     done = script("run_sequence.sh", "6", cwd=tmp_path, **variables)

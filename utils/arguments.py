@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 SECONDS = {"s": 1, "m": 60, "h": 3600}
-FROM_ZERO = ("seed", "workers", "task")  # integers; all others are from 1
+FROM_ZERO = ("seed", "workers", "task")  # integers; all others are from 1, but for
+SMALLEST = {"width": 8}  # in narrower networks oneDNN writes past its memory on AVX2 (its issue 6035)
 AT_MOST_ONE = ("_p", "_scale", "_ema", "_fraction", "_momentum", "_split")  # endings of names
 # 0 would switch all off
 ABOVE_ZERO = ("lr", "_tau", "tau_distill", "_loss", "_epsilon", "_fraction", "_scale", "_split")
@@ -43,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def check_range(self, name, value):
-        low = 1 if isinstance(value, int) and name not in FROM_ZERO else 0
+        low = SMALLEST.get(name, 1 if isinstance(value, int) and name not in FROM_ZERO else 0)
         high = 1 if name.endswith(AT_MOST_ONE) else 2**62 if isinstance(value, int) else 1e6
         above = low == 0 and name.endswith(ABOVE_ZERO)
         if not low <= value <= high or (above and value == 0):
