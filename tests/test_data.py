@@ -229,6 +229,6 @@ def test_sequence(tmp_path, capsys):
         fails(capsys, f"{call} 2 --out_dir {tmp_path / 'x'} --sequence digits {wrong}", told)
     fails(
         capsys,
-        f"{call} 3 --out_dir {tmp_path / 'x'} --init_from {two} --sequence {sets} --width 8",
+        f"{call} 3 --out_dir {tmp_path / 'x'} --init_from {two} --sequence {sets} --width 16",
         "--width",
     )
