@@ -98,7 +98,7 @@ def test_begin_task():
 
 def test_torchvision_layout(tmp_path):
     backbone = build_backbone("resnet10", 8, "cifar").state_dict()
-    torch.save({**backbone, "fc.weight": torch.ones(10, 32), "fc.bias": torch.ones(10)}, tmp_path / "bare.pt")
+    torch.save({**backbone, "fc.weight": torch.ones(10, 64), "fc.bias": torch.ones(10)}, tmp_path / "bare.pt")
     assert same(checkpoint.read_network(tmp_path / "bare.pt")["backbone"], backbone)
 
 
