@@ -83,7 +83,7 @@ def plot_tasks(matrices, names=None):
     tasks = max(len(runs[0][0]) for found in matrices.values() for runs in found.values())
     labels, lines = dict.fromkeys(label for found in matrices.values() for label in found), {}
     colors = {label: f"C{place}" for place, label in enumerate(labels)} | {"random network": "grey"}
-    columns = min(5, tasks)
+    columns = min(6, tasks)
     rows = math.ceil(tasks / columns)
     size = 1 + 3 * columns, 0.8 + 2.3 * rows * len(matrices)
     figure = Figure(figsize=size, dpi=110, layout="constrained")
