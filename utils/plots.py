@@ -79,13 +79,14 @@ def plot_curves(curves, x_label, y_label, points=False):
 def plot_tasks(matrices, names=None):
     """Accuracy on each task while later ones are trained. matrices: {method: {label: those of its seeds}}, of
     which mean and standard deviation are shown; a dashed line is the mean of what was trained jointly and
-    tested on each task, or not at all. names: of the tasks, where they have any."""
+    tested on each task. A random network stands in the title: a line would leave no room for the others.
+    names: of the tasks, where they have any."""
     tasks = max(len(runs[0][0]) for found in matrices.values() for runs in found.values())
     labels, lines = dict.fromkeys(label for found in matrices.values() for label in found), {}
-    colors = {label: f"C{place}" for place, label in enumerate(labels)} | {"random network": "grey"}
-    columns = min(6, tasks)
-    rows = math.ceil(tasks / columns)
-    size = 1 + 3 * columns, 0.8 + 2.3 * rows * len(matrices)
+    colors = {label: f"C{place}" for place, label in enumerate(labels)}
+    rows = math.ceil(tasks / 6)
+    columns = math.ceil(tasks / rows)
+    size = 1 + 3 * columns, 0.8 + 2.5 * rows * len(matrices)
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     shared = "col" if rows == 1 else False  # a column is a task
     panels = figure.subplots(len(matrices) * rows, columns, squeeze=False, sharey=shared)
@@ -93,17 +94,20 @@ def plot_tasks(matrices, names=None):
         for axes in own[tasks:]:
             axes.set_axis_off()
         for number, axes in enumerate(own[:tasks]):
+            title = f"{method}: {names[number] if names else f'task {number}'}"
             for label, runs in found.items():
                 values = [[row[number] for row in run] for run in runs if len(run[0]) == tasks]
                 mean = [statistics.mean(cell) for cell in zip(*values)]
                 deviation = [statistics.stdev(cell) for cell in zip(*values)] if len(values) > 1 else None
                 style = {"color": colors[label], "label": label}
-                if len(mean) == tasks:
+                if label == "random network":
+                    title += f"\n{label}: {mean[0]:.1f}"
+                elif len(mean) == tasks:
                     style |= {"fmt": "o-", "markersize": 3, "capsize": 3}
                     lines[label] = axes.errorbar(range(tasks), mean, deviation, **style)
                 elif mean:
                     lines[label] = axes.axhline(mean[0], linestyle="--", **style)
-            axes.set_title(f"{method}: {names[number] if names else f'task {number}'}", fontsize=10)
+            axes.set_title(title, fontsize=10)
             axes.set(xlabel="after training task", ylabel="accuracy (%)")
             axes.set_xticks(range(tasks), names or range(tasks))
             if names and tasks > 3:
