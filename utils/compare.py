@@ -289,15 +289,16 @@ def figures(grid):
         means = {name: np.mean(seeds[name], axis=0).tolist() for name in cells}
         names = set_names(next(iter(runs.values())).args.get("sequence"))
         found.append((f"Accuracy matrices, mean over seeds. {caption}", plots.plot_matrices(means, names)))
-        methods, tasks = {}, max(len(matrix[0]) for matrix in means.values())
+        methods, random, tasks = {}, {}, max(len(matrix[0]) for matrix in means.values())
         for method, label in grid:  # a joint run may have been tested on all tasks as one
             if tasks in (len(matrix[0]) for matrix in seeds.get(f"{method}, {label}", ())):
                 methods.setdefault(method, {})[label] = seeds[f"{method}, {label}"]
         for method, of_label in methods.items():
             blocks = [block for label in of_label for block in both[f"{method}, {label}"]]
-            if random := [[row] for block in blocks if (row := block.get("random_backbone"))]:
-                of_label["random network"] = random
-        found.append((f"Accuracy on each task. {caption}", plots.plot_tasks(methods, names)))
+            rows = [block.get("random_backbone") or () for block in blocks]
+            if rows := [row for row in rows if len(row) == tasks]:
+                random[method] = np.mean(rows, axis=0)
+        found.append((f"Accuracy on each task. {caption}", plots.plot_tasks(methods, random, names)))
         seen = {name: [statistics.mean(row[: t + 1]) for t, row in enumerate(m)] for name, m in means.items()}
         curves = {name: (range(len(row)), row) for name, row in seen.items()}
         labels = "after training task", "mean accuracy on the tasks so far (%)"

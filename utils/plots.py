@@ -76,11 +76,11 @@ def plot_curves(curves, x_label, y_label, points=False):
     return figure
 
 
-def plot_tasks(matrices, names=None):
+def plot_tasks(matrices, random, names=None):
     """Accuracy on each task while later ones are trained. matrices: {method: {label: those of its seeds}}, of
     which mean and standard deviation are shown; a dashed line is the mean of what was trained jointly and
-    tested on each task. A random network stands in the title: a line would leave no room for the others.
-    names: of the tasks, where they have any."""
+    tested on each task. random: {method: row of a random network}, which stand in the titles, since a line
+    would leave no room for the others; names: of the tasks, where they have any."""
     tasks = max(len(runs[0][0]) for found in matrices.values() for runs in found.values())
     labels, lines = dict.fromkeys(label for found in matrices.values() for label in found), {}
     colors = {label: f"C{place}" for place, label in enumerate(labels)}
@@ -94,19 +94,18 @@ def plot_tasks(matrices, names=None):
         for axes in own[tasks:]:
             axes.set_axis_off()
         for number, axes in enumerate(own[:tasks]):
-            title = f"{method}: {names[number] if names else f'task {number}'}"
             for label, runs in found.items():
                 values = [[row[number] for row in run] for run in runs if len(run[0]) == tasks]
                 mean = [statistics.mean(cell) for cell in zip(*values)]
                 deviation = [statistics.stdev(cell) for cell in zip(*values)] if len(values) > 1 else None
                 style = {"color": colors[label], "label": label}
-                if label == "random network":
-                    title += f"\n{label}: {mean[0]:.1f}"
-                elif len(mean) == tasks:
+                if len(mean) == tasks:
                     style |= {"fmt": "o-", "markersize": 3, "capsize": 3}
                     lines[label] = axes.errorbar(range(tasks), mean, deviation, **style)
                 elif mean:
                     lines[label] = axes.axhline(mean[0], linestyle="--", **style)
+            title = f"{method}: {names[number] if names else f'task {number}'}"
+            title += f"\nrandom network: {random[method][number]:.1f}" if method in random else ""
             axes.set_title(title, fontsize=10)
             axes.set(xlabel="after training task", ylabel="accuracy (%)")
             axes.set_xticks(range(tasks), names or range(tasks))
