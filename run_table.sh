@@ -7,7 +7,7 @@
 #   DATA, GPUS, TASKS, SCENARIO, PYTHON   as for the run scripts; FLAGS="..."  further flags of main_cssl.py for every run
 #   REFERENCE=1  also trains each task alone, for plasticity
 #   SMOKE=1    all of it on tiny digits, in minutes
-# TABLE=cifar100 sbatch slurm/cssl.sbatch runs the same cells as a job array.
+# TABLE=cifar100 SEEDS="5 6 7" sbatch slurm/cssl.sbatch runs the same cells as a job array, a job for each method and seed.
 # A method's first task is trained once for each seed, by fine-tuning; the others start from it. A cell that fails is named at the
 # end, with status 1; the same command tries it again.
 set -euo pipefail
