@@ -3,11 +3,13 @@
 import json
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 import trees
-from conftest import BASE, CPU, TINY, arguments, crash, fails, outcome, run, same, settled, start, tiny
+from conftest import BASE, CPU, ROOT, TINY, arguments, crash, fails, outcome, run, same, settled, start, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_cssl
@@ -64,6 +66,18 @@ def test_ctrl_c_while_starting(script):
     job.send_signal(signal.SIGINT)
     _, error = job.communicate(timeout=60)
     assert job.returncode == 130 and len(error.splitlines()) == 1 and "SIGINT" in error, error
+
+
+@pytest.mark.parametrize("pause, saves", [(0, True), (1.2, False)])
+def test_a_signal_that_comes_twice(pause, saves):
+    """At once, from the terminal and from who hands it on, it does not keep the run from saving; a second
+    one does."""
+    kill = "os.kill(os.getpid(), signal.SIGHUP)"
+    lines = f"with stop.deferred():\n {kill}\n time.sleep({pause})\n {kill}\n print('saved', flush=True)"
+    code = f"import os, signal, time; from utils.stop import Stop; stop = Stop('run')\n{lines}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGHUP and done.stderr.count("SIGHUP") == 1, done.stderr
+    assert ("saved" in done.stdout) == saves
 
 
 def handles_signals(pid):

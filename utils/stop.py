@@ -1,13 +1,15 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: one line and status 128 + the signal, and no step lost."""
+"""SIGTERM, SIGUSR1, SIGHUP and Ctrl-C: one line and status 128 + the signal, and no step lost."""
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 def end_workers():
@@ -20,15 +22,19 @@ def end_workers():
 
 class Stop:
     """From its creation on a signal ends the program: at once, or, within `deferred`, when the loop has saved
-    and calls `leave`. A second one does not wait."""
+    and calls `leave`. One that comes over a second later does not wait; before, it may be the same one, from
+    the terminal and from the script or the batch system that hands it on."""
 
     def __init__(self, program):
-        self.program, self.signal, self.deferring = program, None, False
+        self.program, self.signal, self.deferring, self.since = program, None, False, math.inf
         for number in SIGNALS:
-            signal.signal(number, self.receive)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self.receive)
 
     def receive(self, number, frame):
-        again, self.signal = self.signal is not None, signal.Signals(number)
+        again = time.monotonic() - self.since > 1
+        self.since = min(self.since, time.monotonic())
+        self.signal = self.signal or signal.Signals(number)
         if not self.deferring or again:
             self.tell()
             end_workers()
