@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# CIFAR-100, class-incremental, with the paper's settings (ResNet-18, 500 epochs a task) and the paper's online probe.
+# CIFAR-100, class-incremental (SCENARIO=data: in equal parts of the images), with the paper's settings (ResNet-18, 500 epochs a task) and the paper's online probe.
 #   bash run_cifar100.sh [METHOD] [REGULARIZER] [further flags of main_cssl.py]      default: moco pnr
 #   DATA=DIR   torchvision's files, or train/<class>/ and test/<class>/ (datasets; --download fetches it)
 #   OUT=DIR    the run folder (such as runs/cifar100-class5-moco-pnr-seed5); the same command again resumes it
@@ -23,5 +23,5 @@ case $METHOD in
   *)      TABLE="" ;; # a method of your own: its own defaults
 esac
 # shellcheck disable=SC2086
-launch --dataset cifar100 --scenario class --num_tasks "$TASKS" --epochs 500 --batch_size $BATCH --online_probe released \
+launch --dataset cifar100 --scenario "${SCENARIO:-class}" --num_tasks "$TASKS" --epochs 500 --batch_size $BATCH --online_probe released \
   $VIEWS $TABLE

@@ -19,6 +19,6 @@ for regularizer in finetune cassle pnr; do
     --init_from "$OUT/digits" --out_dir "$OUT/$regularizer" "$@"
 done
 echo
-PYTHONPATH=$ROOT "$PYTHON" -m utils.report "$OUT/finetune" "$OUT/cassle" "$OUT/pnr" --text
+report "$OUT/finetune" "$OUT/cassle" "$OUT/pnr" --text
 echo "to watch them: $PYTHON -m tensorboard.main --logdir $OUT"
 [ "$PYTHON" != "$ROOT/.venv/bin/python" ] || echo "for further commands: source $ROOT/.venv/bin/activate"

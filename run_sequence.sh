@@ -36,4 +36,4 @@ for seed in ${*:-5 6 7}; do
   done
 done
 shopt -s nullglob
-PYTHONPATH=$ROOT "$PYTHON" -m utils.report "$RUNS"/*-${#ALL[@]}sets-seed* --text --out "$RUNS/report"
+report "$RUNS"/*-${#ALL[@]}sets-seed* --text --out "$RUNS/report"

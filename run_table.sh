@@ -55,14 +55,14 @@ for seed in $SEEDS; do
   for method in ${METHODS:-moco simclr byol vicreg barlow falcon}; do
     [ -z "${SMOKE:-}" ] || read -ra SMALL <<< "$(cd "$ROOT" && "$PYTHON" -c "from losses import find; print(find('$method').small)" 2> /dev/null)"
     id=$method-seed$seed alone=() first=(--init_from "$RUNS/finetune-$id/task0.pt")
+    if [ "$TABLE" = queue ]; then # another queue, another first task
+      for size in ${SIZES:-4096 16384 65536}; do cell "pnr-queue$size-$id" "$method" pnr --moco_queue_size "$size"; done
+      continue
+    fi
     if [ -n "$PLASTICITY" ]; then
       REFERENCE=1 cell "single-$id" "$method" finetune
       alone=(--reference "$RUNS/single-$id")
       first+=("${alone[@]}")
-    fi
-    if [ "$TABLE" = queue ]; then # another queue, another first task
-      for size in ${SIZES:-4096 16384 65536}; do cell "pnr-queue$size-$id" "$method" pnr --moco_queue_size "$size"; done
-      continue
     fi
     cell "finetune-$id" "$method" finetune ${alone[@]+"${alone[@]}"}
     if [ "$TABLE" = ablation ]; then
@@ -84,5 +84,5 @@ for seed in $SEEDS; do
     done
   done
 done
-PYTHONPATH=$ROOT "$PYTHON" -m utils.report "$RUNS"/*-seed* --text --out "$RUNS/report" || FAILED+=("the report")
+report "$RUNS"/*-seed* --text --out "$RUNS/report" || FAILED+=("the report")
 if [ ${#FAILED[@]} -gt 0 ]; then printf 'failed: %s\n' "${FAILED[@]}" >&2; exit 1; fi

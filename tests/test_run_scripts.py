@@ -91,6 +91,7 @@ def test_choices(tmp_path):
     for name, words, variables in (
         ("run_imagenet100.sh", "SCENARIO=domain", {"SCENARIO": "domain", "PYTHON": "echo"}),
         ("run_domainnet.sh", "GPUS=two", {"GPUS": "two", "PYTHON": "echo"}),
+        ("run_cifar100.sh", "PYTHON=false", {"PYTHON": "false"}),
     ):
         done = script(name, **variables)
         assert done.returncode == 2 and done.stderr.startswith(f"{name}: error:") and words in done.stderr
@@ -143,7 +144,8 @@ def cluster(tmp_path):
         "trap 'kill -KILL $job' TERM\n"
         '"$@" & job=$!\nwait $job; wait $job',
         "scontrol": f'[ "$1" = show ] && echo localhost || echo "$@" > {tmp_path}/requeued',
-        "python": 'trap "sleep 0.2; echo saved; exit 138" USR1 TERM; '  # before it says that it is there
+        "python": '[ "$1" != -c ] || exit 0; '
+        'trap "sleep 0.2; echo saved; exit 138" USR1 TERM; '  # before it says that it is there
         f'echo $$ > {tmp_path}/pid; echo "$@" > {tmp_path}/calls; '
         "while sleep 0.05; do :; done",
     }
@@ -235,6 +237,8 @@ def test_table(tmp_path):
 def test_sequence(tmp_path):
     """A sequence that grows set by set, and the report with the sets' names."""
     trees.small(tmp_path / "data", classes=4, count=16)
+    (tmp_path / "utils").mkdir()
+    (tmp_path / "utils" / "__init__.py").touch()  # the caller's own
     flags = f"--width 8 --image_size 8 --batch_size 64 --device cpu {find('moco').small}"
     variables = {"PYTHON": sys.executable, "DATA": "data", "RUNS": "runs", "EPOCHS": "1 1", "JOINT": "1"}
     variables |= {"REGULARIZERS": "pnr", "FLAGS": flags}
