@@ -222,9 +222,8 @@ def resolve(args, process, train, test, tasks):
         evaluated = {"": args.eval, f"online_linear_{args.online_probe}": args.online_probe}
         for name in (name for name, how in evaluated.items() if how not in ("none", "off")):
             metrics.reference_row(args.reference, name, evaluate.protocol_name(args, name), vars(args))
-    if args.batch_size < 2 or args.batch_size % process.world:
-        needs = f"at least 2 images, and the {process.world} process(es) have to divide it"
-        raise UserError(f"--batch_size {args.batch_size}: a batch of all processes needs {needs}")
+    if args.batch_size % process.world:
+        raise UserError(f"--batch_size {args.batch_size}: the {process.world} processes have to divide it")
     smallest = min(map(len, tasks.train))
     if smallest < args.batch_size:
         raise UserError(f"--batch_size {args.batch_size}: the smallest task has {smallest} images: lower it")

@@ -24,7 +24,8 @@ class Cache:
     def __init__(self, path, table):
         self.path, self.table = path, table
         # mapped as a private copy, which can be written, as PyTorch wants it, without changing the file
-        self.pixels = torch.from_numpy(np.memmap(path, np.uint8, "c"))
+        mapped = np.memmap(path, np.uint8, "c") if table.any() else np.empty(0, np.uint8)
+        self.pixels = torch.from_numpy(mapped)
 
     def __reduce__(self):  # a worker process that is not a fork maps the file itself
         return Cache, (self.path, self.table)

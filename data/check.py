@@ -9,6 +9,7 @@ another size where all have to be of one. The exit status is 0 only if main_cssl
 flags.
 """
 
+import signal
 import sys
 from collections import Counter
 
@@ -101,4 +102,5 @@ def main(args):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # of "| head"
     sys.exit(report_errors(lambda: main(args), "data.check"))

@@ -14,7 +14,8 @@ from models.learner import Learner
 
 BAD_FLAGS = """
 --dataset imagenette; --method dino; --regularizer ewc; --backbone vgg; --num_tasks 3; --epochs 0;
---lr nan; --width 4; --batch_size 512 --moco_queue_size 512; --batch_size 1; --moco_queue_size 16;
+--lr nan; --width 4; --width 4000000000000000000; --batch_size 512 --moco_queue_size 512;
+--batch_size 1; --moco_queue_size 16;
 --moco_tau 0; --blur_p 0 1.5; --out_dir /dev/null/run; --save_every soon; --mocoqueue 3;
 --seed 9999999999999999999999; --teacher_bn eval --regularizer finetune;
 --cassle_weight -1 --regularizer cassle; --domain_order a b; --moco_tau 0.2 --method byol;

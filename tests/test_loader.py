@@ -53,7 +53,7 @@ def call(root, flags, out="run"):
 
 
 def test_every_kind_of_file_is_upright_rgb(tmp_path):
-    """To the bits of Pillow; 16 and 32 bits are brought to 8; of floating point nobody knows the range."""
+    """To the bits of Pillow; 16 bits are brought to 8; of 32 and of floats nobody knows the range."""
     path = tmp_path / "x.tif"
     for content in trees.odd_files():
         path.write_bytes(content)
@@ -64,9 +64,10 @@ def test_every_kind_of_file_is_upright_rgb(tmp_path):
     for pixels in (ramp.astype(np.uint16) * 257, ramp.astype(np.int32), ramp.astype(np.int32) * 257):
         Image.fromarray(pixels).save(path)
         assert torch.equal(files.decode(path)[1], torch.from_numpy(ramp).byte())
-    Image.fromarray(ramp.astype(np.float32) / 255).save(path)
-    with pytest.raises(UserError, match=str(path)):
-        files.decode(path)
+    for pixels in (ramp.astype(np.float32) / 255, ramp.astype(np.int32) - 1, ramp.astype(np.int32) * 258):
+        Image.fromarray(pixels).save(path)
+        with pytest.raises(UserError, match=str(path)):
+            files.decode(path)
 
 
 def test_crops_are_torchvisions_and_depend_on_the_sample_alone(images):
@@ -209,6 +210,8 @@ def test_what_is_cached(root, images):
     assert part.path(1) == plain.path(2) and torch.equal(part.decode(1), cached.decode(2))
     whole = open_cache(plain, "x", root)
     assert all(torch.equal(whole.image(i), plain.decode(i)) for i in range(24))
+    nothing = open_cache(files.Files(root, ["no.png", "none.png"]), "x", root, skip_corrupt=True)
+    assert nothing.image(0) is None
 
 
 def test_a_damaged_or_stale_cache_is_made_again(root, images, capsys):

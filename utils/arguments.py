@@ -8,7 +8,8 @@ from pathlib import Path
 
 SECONDS = {"s": 1, "m": 60, "h": 3600}
 FROM_ZERO = ("seed", "workers", "task")  # integers; all others are from 1, or from
-SMALLEST = {"width": 8}  # in narrower ones oneDNN writes past its memory on AVX2 (uxlfoundation/oneDNN#6035)
+# in networks narrower than 8 oneDNN writes past its memory on AVX2 (uxlfoundation/oneDNN#6035)
+SMALLEST = {"batch_size": 2, "width": 8}
 AT_MOST_ONE = ("_p", "_scale", "_ema", "_fraction", "_momentum", "_split")  # endings of names
 # 0 would switch all off
 ABOVE_ZERO = ("lr", "_tau", "tau_distill", "_loss", "_epsilon", "_fraction", "_scale", "_split")

@@ -7,7 +7,8 @@ import torch
 
 from utils import UserError
 
-OUT_OF_MEMORY = "can't allocate memory", "out of memory", "ALLOC_FAILED"  # words of RuntimeErrors
+# words of RuntimeErrors
+OUT_OF_MEMORY = "can't allocate memory", "out of memory", "ALLOC_FAILED", "size calculation overflowed"
 
 
 @contextmanager
