@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# CIFAR-100, class-incremental (SCENARIO=data: in equal parts of the images), with the paper's settings (ResNet-18, 500 epochs a task) and the paper's online probe.
+# CIFAR-100, class-incremental (SCENARIO=data: in equal parts of the images, lambda_neg that of classes), with the paper's settings (ResNet-18, 500 epochs a task) and the paper's online probe.
 #   bash run_cifar100.sh [METHOD] [REGULARIZER] [further flags of main_cssl.py]      default: moco pnr
 #   DATA=DIR   torchvision's files, or train/<class>/ and test/<class>/ (datasets; --download fetches it)
 #   OUT=DIR    the run folder (such as runs/cifar100-class5-moco-pnr-seed5); the same command again resumes it

@@ -5,7 +5,7 @@
 #     ablation (MoCo, BYOL; PNR): pseudo-negatives in main, reg, both, none; lambda_neg; teacher_bn.  queue (MoCo; PNR): SIZES
 #   RUNS=DIR   where the run folders lie (runs/TABLE); the report goes to RUNS/report
 #   DATA, GPUS, TASKS, SCENARIO, PYTHON   as for the run scripts; FLAGS="..."  further flags of main_cssl.py for every run
-#   REFERENCE=1  also trains each task alone, for plasticity
+#   REFERENCE=1  also trains each task alone, for plasticity (but of queue)
 #   SMOKE=1    all of it on tiny digits, in minutes
 # TABLE=cifar100 SEEDS="5 6 7" sbatch slurm/cssl.sbatch runs the same cells as a job array, a job for each method and seed.
 # A method's first task is trained once for each seed, by fine-tuning; the others start from it. A cell that fails is named at the

@@ -11,12 +11,13 @@ FLAGS=("$@")
 
 # launch [flags]: main_cssl.py with them, on GPUS processes; the caller's own flags come last, and win
 launch() {
-  local command=("$PYTHON")
+  local command=("$PYTHON") hangup=,SIGHUP
+  [ -z "$(trap -p HUP)" ] || hangup= # ignored, as under nohup
   if [ "$GPUS" -gt 1 ] || [ -n "${TORCHRUN:-}" ]; then
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # processes that are started again meet anew
     # shellcheck disable=SC2206
     command+=(-m torch.distributed.run ${TORCHRUN:---standalone} --nproc_per_node "$GPUS"
-              --signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1) # so that SIGUSR1, too, reaches the processes
+              --signals_to_handle SIGTERM,SIGINT,SIGQUIT,SIGUSR1$hangup) # so that SIGUSR1, too, reaches the processes
   fi
   exec "${command[@]}" "$ROOT/main_cssl.py" --data_dir "${DATA:-datasets}" ${OUT:+--out_dir "$OUT"} --backbone resnet18 \
     --method "$METHOD" --regularizer "$REGULARIZER" ${REFERENCE:+--single_tasks} "$@" ${FLAGS[@]+"${FLAGS[@]}"}

@@ -9,7 +9,7 @@ fail() { echo "$(basename "$0"): error: $1" >&2; exit 2; }
 need() {
   local given=${PYTHON:-}
   for PYTHON in ${given:+"$given"} python "$ROOT/.venv/bin/python"; do
-    [[ $PYTHON != */* ]] || PYTHON=$(cd "$(dirname "$PYTHON")" 2> /dev/null && pwd)/$(basename "$PYTHON") # some scripts leave this folder
+    [[ $PYTHON != */* || $PYTHON == /* ]] || PYTHON=$PWD/$PYTHON # some scripts leave this folder
     "$PYTHON" -c "import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))" "$@" 2> /dev/null && return 0
     [ -z "$given" ] || fail "PYTHON=$given is no python that has $*"
   done
@@ -25,6 +25,6 @@ report() {
 install() {
   echo "installing $* into $ROOT/.venv (once; PyTorch is large)" >&2
   PYTHON=$ROOT/.venv/bin/python
-  python3 -m venv "$ROOT/.venv" # also over one that was left half made
+  "$PYTHON" -m pip --version &> /dev/null || python3 -m venv "$ROOT/.venv" # also over one that was left half made
   for file in "$@"; do "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/$file"; done
 }

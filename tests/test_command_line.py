@@ -72,12 +72,20 @@ def test_ctrl_c_while_starting(script):
 def test_a_signal_that_comes_twice(pause, saves):
     """At once, from the terminal and from who hands it on, it does not keep the run from saving; a second
     one does."""
-    kill = "os.kill(os.getpid(), signal.SIGHUP)"
+    kill = "os.kill(os.getpid(), signal.SIGTERM)"
     lines = f"with stop.deferred():\n {kill}\n time.sleep({pause})\n {kill}\n print('saved', flush=True)"
     code = f"import os, signal, time; from utils.stop import Stop; stop = Stop('run')\n{lines}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 128 + signal.SIGHUP and done.stderr.count("SIGHUP") == 1, done.stderr
+    assert done.returncode == 128 + signal.SIGTERM and done.stderr.count("SIGTERM") == 1, done.stderr
     assert ("saved" in done.stdout) == saves
+
+
+@pytest.mark.parametrize("before, status", [("SIG_DFL", 128 + signal.SIGHUP), ("SIG_IGN", 0)])
+def test_a_terminal_that_closes(before, status):
+    """Ends a run, but not under nohup."""
+    lines = f"signal.signal(signal.SIGHUP, signal.{before}); Stop('run'); os.kill(os.getpid(), signal.SIGHUP)"
+    code = f"import os, signal; from utils.stop import Stop; {lines}"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == status
 
 
 def handles_signals(pid):

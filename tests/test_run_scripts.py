@@ -87,6 +87,7 @@ def test_choices(tmp_path):
     args = settings("run_domainnet.sh", "--init_from", "x/task0.pt")
     assert (args.init_from, args.out_dir, args.num_tasks) == ("x/task0.pt", None, None)
     assert settings("run_cifar100.sh", "byol", "finetune", REFERENCE="1").single_tasks
+    assert settings("run_cifar100.sh", SCENARIO="data").scenario == "data"
     assert not args.single_tasks
     for name, words, variables in (
         ("run_imagenet100.sh", "SCENARIO=domain", {"SCENARIO": "domain", "PYTHON": "echo"}),
@@ -229,6 +230,11 @@ def test_table(tmp_path):
     assert (
         lines[2].count("--single_tasks") == 1 and lines[2].count("--reference table/single-byol-seed6") == 2
     )
+    for size in ("64", "128"):
+        (tmp_path / "queue" / f"pnr-queue{size}-moco-seed6").mkdir(parents=True)
+    variables = {"PYTHON": "echo", "SMOKE": "1", "RUNS": "queue", "SIZES": "64 128", "REFERENCE": "1"}
+    queue = script("run_table.sh", "queue", "6", cwd=tmp_path, **variables).stdout
+    assert queue.count("main_cssl.py") == 2 and "--single_tasks" not in queue  # which nothing would use
     for words in (("cifar",), ("cifar100", "five")):
         done = script("run_table.sh", *words, PYTHON=sys.executable)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1

@@ -38,7 +38,7 @@ class Stop:
         if not self.deferring or again:
             self.tell()
             end_workers()
-            os._exit(128 + number)  # what it interrupts, such as a callback, might swallow SystemExit
+            os._exit(128 + self.signal)  # what it interrupts, such as a callback, might swallow SystemExit
 
     @contextlib.contextmanager
     def deferred(self):
