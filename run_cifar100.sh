@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# CIFAR-100, class-incremental (SCENARIO=data: in equal parts of the images, lambda_neg that of classes), with the paper's settings (ResNet-18, 500 epochs a task) and the paper's online probe.
+# CIFAR-100, class-incremental, with the paper's settings (ResNet-18, 500 epochs a task) and the paper's online probe.
 #   bash run_cifar100.sh [METHOD] [REGULARIZER] [further flags of main_cssl.py]      default: moco pnr
 #   DATA=DIR   torchvision's files, or train/<class>/ and test/<class>/ (datasets; --download fetches it)
 #   OUT=DIR    the run folder (such as runs/cifar100-class5-moco-pnr-seed5); the same command again resumes it
+#   SCENARIO=class|data (class; data: equal parts of the images, a split that the paper has for ImageNet-100 only)
 #   TASKS=N    5 or 10 (5)         GPUS=N  processes on this machine (1); the results are those of one
 #   PYTHON=... an interpreter (python, if it has PyTorch, or else that of .venv)
 #   REFERENCE=1 with METHOD finetune: each task alone, which plasticity is measured against (--reference)

@@ -1,4 +1,5 @@
-# Sourced by the run scripts: ROOT is the repository; `need` sets PYTHON, `install` makes .venv, `report` is utils.report, `fail` ends with one line.
+# Sourced by the run scripts: ROOT is the repository; `need` sets PYTHON, `install` makes .venv, `report` calls utils/report.py,
+# `fail` ends with one line.
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # glibc keeps freed memory: on a CPU, to fetch a batch anew from the system takes longer than to fill it (docs/PERFORMANCE.md)
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4611686018427387904} MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0}
