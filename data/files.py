@@ -97,9 +97,10 @@ def to_rgb(image):
         raise ValueError("floating-point pixels, whose range is not known")
     if image.mode.startswith("I"):  # 16 bits or more, which convert would clip at 255
         pixels = np.asarray(image)
-        if pixels.min() < 0 or pixels.max() > 65535:
+        low, high = pixels.min(), pixels.max()
+        if low < 0 or high > 65535:
             raise ValueError("pixels outside 0 to 65535, whose range is not known")
-        wide = image.mode != "I" or pixels.max() > 255
+        wide = image.mode != "I" or high > 255
         image = Image.fromarray((pixels >> 8 if wide else pixels).astype(np.uint8))
     return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 

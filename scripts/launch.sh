@@ -12,9 +12,9 @@ FLAGS=("$@")
 # launch [flags]: main_cssl.py with them, on GPUS processes; the caller's own flags come last, and win
 launch() {
   local command=("$PYTHON") hangup=,SIGHUP
-  [ -z "$(trap -p HUP)" ] || hangup= # ignored, as under nohup
   if [ "$GPUS" -gt 1 ] || [ -n "${TORCHRUN:-}" ]; then
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # processes that are started again meet anew
+    [ -z "$(trap -p HUP)" ] || hangup= # ignored, as under nohup
     # shellcheck disable=SC2206
     command+=(-m torch.distributed.run ${TORCHRUN:---standalone} --nproc_per_node "$GPUS"
               --signals_to_handle SIGTERM,SIGINT,SIGQUIT,SIGUSR1$hangup) # so that SIGUSR1, too, reaches the processes
