@@ -1,5 +1,6 @@
 """How long the offline protocols take on given features: 50,000 x 512 of 100 classes, 10,000 to test.
 
+example:
     python -m benchmarks.evaluate          (on a GPU, where there is one)
 """
 
