@@ -109,7 +109,7 @@ from data.scenarios import plan
 from models.learner import DTYPES, Learner
 from models.online import OnlineProbe
 from models.resnet import build_backbone
-from utils import UserError, checkpoint, distributed, evaluate, memory, metrics
+from utils import UserError, checkpoint, distributed, evaluate, metrics
 from utils.collapse import COLLAPSED_STD, collapse_metrics, collapsed
 from utils.optim import build_optimizer, set_lr
 from utils.run import Run, write_results
@@ -147,8 +147,7 @@ def main(args, stop):
         torch.set_float32_matmul_precision(PRECISIONS[args.loss_precision])
         for epoch in range(run.epoch, epochs):
             batches = zip(loader.epoch(epoch, run.step), labelled(epoch, run.step))
-            with memory.explained(learner, args, process):
-                train_one_epoch(args, run, model, learner, optimizer, scaler, epoch, batches)
+            train_one_epoch(args, run, model, learner, optimizer, scaler, epoch, batches)
         torch.set_float32_matmul_precision("highest")  # of what is evaluated
         if run.finished == task:  # otherwise the run was interrupted after this evaluation
             if task < run.given_tasks:

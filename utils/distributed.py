@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 from utils import UserError
-from utils.memory import OUT_OF_MEMORY
 from utils.stop import end_workers
 
 TIMEOUT = timedelta(hours=12)  # rank 0 may decode a data set before the others
 AGAIN = "what was saved is safe: the same command again goes on"
+OUT_OF_MEMORY = "can't allocate memory", "out of memory", "ALLOC_FAILED", "size calculation overflowed"
 MEMORY = "out of memory: lower --batch_size, --image_size, --width or the size of queue or heads"
 KILLED = "a worker process that decodes images was killed, as a system out of memory does, or a container"
 ENDED = "another process of this run ended without a word"
