@@ -125,9 +125,7 @@ def main(args, stop):
     initial = load_initial(args, process, learner, tasks)
     run = Run(args, tasks, train.digest, process, stop)
     print_settings(args, process, train, tasks, learner, run)
-    if args.eval != "none" and not run.matrices and not run.random_rows:
-        extract = evaluate.features_of(args, process, learner.method.backbone)
-        run.random_rows = evaluate.accuracy_rows(args, process, extract, probe, extract(test), tasks)
+    evaluate_untrained(args, process, run, learner, probe, test, tasks)
     if initial is not None:
         state, run.given_tasks = initial
         learner.load_state_dict(state)
@@ -150,14 +148,7 @@ def main(args, stop):
             train_one_epoch(args, run, model, learner, optimizer, scaler, epoch, batches)
         torch.set_float32_matmul_precision("highest")  # of what is evaluated
         if run.finished == task:  # otherwise the run was interrupted after this evaluation
-            if task < run.given_tasks:
-                run.save()  # so that it can be resumed once task0.pt is there
-                path = checkpoint.given(args.init_from, args.start_task)[task]
-                checkpoint.load_method(learner, path, args, tasks.names, task)
-                run.global_step += args.epochs * loader.steps  # so that curves of runs lie over each other
-            else:
-                learner.regularizer.end_task(task, learner.method, loader)
-            run.save_network(learner)
+            finish_task(args, run, learner, loader, tasks)
             evaluate_task(args, process, run, learner, probe, test, tasks)
         run.end_task()
     print_results(args, process, run, [train, probe, test])
@@ -285,6 +276,25 @@ def wrap(learner, process, compiled):
         # buffers (queues, running statistics) are the same on every rank by construction
         options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
         return DistributedDataParallel(learner, device_ids=ids, **options)
+
+
+def finish_task(args, run, learner, loader, tasks):
+    """Saves the task's network: what was trained, or what --init_from gives in its place."""
+    if run.task < run.given_tasks:
+        run.save()  # so that it can be resumed once task0.pt is there
+        path = checkpoint.given(args.init_from, args.start_task)[run.task]
+        checkpoint.load_method(learner, path, args, tasks.names, run.task)
+        run.global_step += args.epochs * loader.steps  # so that curves of runs lie over each other
+    else:
+        learner.regularizer.end_task(run.task, learner.method, loader)
+    run.save_network(learner)
+
+
+def evaluate_untrained(args, process, run, learner, probe, test, tasks):
+    """The rows of the random network, beside which those of the tasks stand; once in a run."""
+    if args.eval != "none" and not run.matrices and not run.random_rows:
+        extract = evaluate.features_of(args, process, learner.method.backbone)
+        run.random_rows = evaluate.accuracy_rows(args, process, extract, probe, extract(test), tasks)
 
 
 def evaluate_task(args, process, run, learner, probe, test, tasks):
