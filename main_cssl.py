@@ -291,7 +291,8 @@ def finish_task(args, run, learner, loader, tasks):
 
 
 def evaluate_untrained(args, process, run, learner, probe, test, tasks):
-    """The rows of the random network, beside which those of the tasks stand; once in a run."""
+    """Sets run.random_rows, what the random network reaches, unless they are known: call it before
+    --init_from's network is loaded."""
     if args.eval != "none" and not run.matrices and not run.random_rows:
         extract = evaluate.features_of(args, process, learner.method.backbone)
         run.random_rows = evaluate.accuracy_rows(args, process, extract, probe, extract(test), tasks)
