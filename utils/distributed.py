@@ -18,12 +18,12 @@ AGAIN = "what was saved is safe: the same command again goes on"
 MEMORY = "out of memory: lower --batch_size, --image_size, --width or the size of queue or heads"
 KILLED = "a worker process that decodes images was killed, as a system out of memory does, or a container"
 ENDED = "another process of this run ended without a word"
-FULL = "can't allocate memory, out of memory, ALLOC_FAILED, size calculation overflowed"
+NO_MEMORY = "can't allocate memory, out of memory, ALLOC_FAILED, size calculation overflowed"
 LOST = "closed by peer, closed by remote peer, likely closed, reset by peer, Broken pipe, process exited"
 KNOWN_ERRORS = {  # words of RuntimeErrors, and what they mean
     "DataLoader timed out": f"no images came for minutes: does the disk of --data_dir answer? {AGAIN}",
     "DataLoader worker": f"{KILLED} out of shared memory: lower --workers or --batch_size; {AGAIN}",
-    **dict.fromkeys(FULL.split(", "), MEMORY),
+    **dict.fromkeys(NO_MEMORY.split(", "), MEMORY),
     "InvalidCxxCompiler": "--compile needs a C++ compiler on a CPU: install g++, or leave --compile out",
     **dict.fromkeys(LOST.split(", "), f"{ENDED}: was it killed, or did its machine fail? {AGAIN}"),
 }
