@@ -19,7 +19,7 @@ def add_network_arguments(parser):
     add("--image_size", type=int, help="side of the views (default: the images'; 224 if they differ in size)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     text = "autocast type (default: bf16 on CUDA, where GPUs before Ampere are faster in fp16; fp32 on CPU: "
-    text += "there bf16 pays with AMX or avx512_bf16, and is slow without); losses: --loss_precision"
+    text += "there bf16 pays with AMX, and may be slower without); losses: --loss_precision"
     add("--precision", choices=("fp32", "bf16", "fp16"), help=text)
     return add
 
